@@ -1,0 +1,132 @@
+"""What passes between a task's process and its agent: plain data and length-prefixed JSON frames.
+
+A worker machine has one agent process that owns the Postgres connection. Task processes reach it over a Unix socket
+and speak the small set of requests below; `AttemptClient` is that set as a Protocol, so that the same runner works
+against the agent and, for `dag.test()`, against an in-memory client with no service at all.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final, Protocol
+
+from dflow.core.states import Reason
+
+MAX_FRAME_BYTES: Final = 64 * 1024 * 1024
+_LENGTH = struct.Struct(">I")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """All a task process needs to run one attempt; the answer to a successful claim."""
+
+    ti_id: int
+    attempt_id: str
+    run_pk: int
+    dag_id: str
+    run_id: str
+    task_id: str
+    map_index: int
+    try_number: int  # of this attempt, 1 for the first
+    user_failures: int  # before this attempt
+    retries: int
+    run_type: str
+    logical_date: datetime | None
+    data_interval_start: datetime | None
+    data_interval_end: datetime | None
+    run_after: datetime
+    run_started_at: datetime | None
+    conf: Mapping[str, Any]
+    bundle_hash: str
+    path: str  # of the DAG file inside the bundle
+    queue: str
+    pool: str
+    priority_weight: int
+    hostname: str
+    started_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How an attempt ended, as its own process saw it.
+
+    ``reason`` is one of SUCCEEDED, SKIP_RAISED, RAISED, FAIL_RAISED, TIMEOUT, LOAD_FAILED, CANCELLED, EXITED. For RAISED
+    and TIMEOUT ``retry_delay_seconds`` is the delay before the next try; ``None`` there means the task has no try left.
+    """
+
+    reason: Reason
+    cause: str | None = None  # one line for people: "ValueError: bad zone"
+    retry_delay_seconds: float | None = None
+    exit_code: int | None = None
+    peak_rss_bytes: int | None = None
+    xcoms: Mapping[str, Any] = field(default_factory=dict)  # key -> JSON value, e.g. {"return_value": 3}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogLine:
+    """One line of a task's log. ``at`` is seconds since the epoch, ``source`` a logger name, "stdout" or "stderr"."""
+
+    at: float
+    level: str
+    source: str
+    text: str
+
+
+class AttemptClient(Protocol):
+    """What a running attempt may ask of the world."""
+
+    def push_xcom(self, key: str, value: Any) -> None:
+        """Store a JSON value now, fenced by the attempt; raises StaleAttemptError when the attempt is no longer ours."""
+
+    def pull_xcoms(
+        self,
+        *,
+        task_ids: Sequence[str] | None,
+        key: str,
+        map_indexes: Sequence[int] | None = None,
+        dag_id: str | None = None,
+        run_id: str | None = None,
+        include_prior_dates: bool = False,
+    ) -> list[tuple[str, int, Any]]:
+        """Return ``(task_id, map_index, value)`` of the stored values, ordered by task id and map index."""
+
+    def task_states(self, task_ids: Sequence[str]) -> dict[str, str]:
+        """Return the states of task instances of the same run."""
+
+    def log(self, lines: Sequence[LogLine]) -> None:
+        """Hand log lines over; they reach Postgres within about `worker.log_flush_interval` seconds."""
+
+
+def write_frame(sock: socket.socket, message: Mapping[str, Any]) -> None:
+    """Send one message: four bytes of length, then UTF-8 JSON."""
+    body = json.dumps(message, separators=(",", ":")).encode()
+    if len(body) > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame of {len(body)} bytes is over the limit of {MAX_FRAME_BYTES}")
+    sock.sendall(_LENGTH.pack(len(body)) + body)
+
+
+def read_frame(sock: socket.socket) -> dict[str, Any] | None:
+    """Receive one message; None when the other side has closed the connection."""
+    header = _read_exactly(sock, _LENGTH.size)
+    if header is None:
+        return None
+    (length,) = _LENGTH.unpack(header)
+    if length > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame of {length} bytes is over the limit of {MAX_FRAME_BYTES}")
+    body = _read_exactly(sock, length)
+    return None if body is None else json.loads(body)
+
+
+def _read_exactly(sock: socket.socket, count: int) -> bytes | None:
+    buffer = bytearray()
+    while len(buffer) < count:
+        piece = sock.recv(count - len(buffer))
+        if not piece:
+            return None
+        buffer += piece
+    return bytes(buffer)
