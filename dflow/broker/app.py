@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any, Final
 
 from celery import Celery
-from kombu import Queue
 
 from dflow.broker.address import checked_broker_url
 from dflow.settings import Settings
@@ -28,7 +27,6 @@ def make_app(settings: Settings) -> Celery:
 
 def celery_options(settings: Settings) -> dict[str, Any]:
     """Return the Celery options, with the reason beside each that is not Celery's default."""
-    queue = settings.operators.default_queue
     return {
         "broker_url": checked_broker_url(settings.celery.broker_url),
         "broker_transport_options": transport_options(settings),
@@ -52,8 +50,7 @@ def celery_options(settings: Settings) -> dict[str, Any]:
         "task_acks_on_failure": True,
         "task_acks_on_timeout": True,
         "task_reject_on_worker_lost": False,  # a lost child is handled by the agent, with a cause and a budget
-        "task_default_queue": queue,
-        "task_queues": (Queue(queue, exchange="", routing_key=queue),),
+        "task_default_queue": settings.operators.default_queue,
         "task_create_missing_queues": True,
         "task_send_sent_event": False,
         "task_publish_retry": False,  # uncertain publishes are repeated from rows, not from memory
