@@ -31,8 +31,8 @@ def admit(tx: Connection, *, executor: str, limit: int, lookahead: Mapping[str, 
     probe of at most as many rows as its limit leaves free.
     """
     tx.execute(_LOCK, {"key": ADMISSION_LOCK})
-    rows = tx.execute(
-        _ADMIT,
+    rows = _ADMIT.execute(
+        tx,
         {"executor": executor, "limit": limit, "lookahead": json.dumps(dict(lookahead)), "actor": actor},
     ).all()
     if not rows:
@@ -70,7 +70,7 @@ WITH lane_slots AS MATERIALIZED (
     SELECT run_pk, pool, pool_slots, CASE WHEN star THEN '*' ELSE queue END AS lane
     FROM task_instance, has_star WHERE state IN ('queued', 'running')
 ), lane_free AS MATERIALIZED (
-    SELECT l.lane, l.slots + coalesce((CAST(:lookahead AS jsonb) ->> l.lane)::bigint, 0) - coalesce(u.used, 0) AS free
+    SELECT l.lane, l.slots + coalesce((:lookahead ->> l.lane)::bigint, 0) - coalesce(u.used, 0) AS free
     FROM lane_slots l LEFT JOIN (SELECT lane, count(*) AS used FROM active GROUP BY lane) u ON u.lane = l.lane
 ), pool_free AS MATERIALIZED (
     SELECT p.name, CASE WHEN p.slots < 0 THEN 2147483647 ELSE p.slots - coalesce(u.used, 0) END AS free
@@ -103,7 +103,7 @@ WITH lane_slots AS MATERIALIZED (
     SELECT id FROM lane_ranked WHERE lane_rank <= lane_free ORDER BY priority_weight DESC, run_after, id LIMIT :limit
 )
 SELECT id AS ti_id, 'scheduled' AS from_state, 'queued' AS to_state, 'admitted' AS reason,
-    CAST(NULL AS uuid) AS attempt_id, CAST(:actor AS text) AS actor, CAST(NULL AS text) AS cause,
+    CAST(NULL AS uuid) AS attempt_id, :actor AS actor, CAST(NULL AS text) AS cause,
     CAST(NULL AS uuid) AS worker_id, CAST(NULL AS text) AS hostname, CAST(NULL AS integer) AS pid,
     CAST(NULL AS timestamptz) AS not_before,
     CAST(NULL AS double precision) AS delay_seconds, false AS user_failure, false AS infra_failure,
@@ -111,4 +111,9 @@ SELECT id AS ti_id, 'scheduled' AS from_state, 'queued' AS to_state, 'admitted' 
 FROM chosen
 """
 
-_ADMIT = statement(_SOURCE, Effects(), skip_locked=True)
+_ADMIT = statement(
+    _SOURCE,
+    {"executor": "text", "limit": "bigint", "lookahead": "jsonb", "actor": "text"},
+    Effects(),
+    skip_locked=True,
+)

@@ -15,15 +15,16 @@ Legal transitions are checked once more by a trigger in the database.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Connection, Row, TextClause, text
+from sqlalchemy import Connection, Row
 
 from dflow.core.states import TERMINAL, Reason, TaskState
+from dflow.store.prepared import Prepared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,12 +93,12 @@ def apply(tx: Connection, changes: Sequence[Change]) -> list[Applied]:
         ends_attempt=any(change.from_state is TaskState.RUNNING for change in changes),
         accounts=any(change.account and change.to_state in TERMINAL for change in changes),
     )
-    rows = tx.execute(_statement_for_changes(effects), {"changes": json.dumps([_row(change) for change in changes])})
+    rows = _statement_for_changes(effects).execute(tx, {"changes": json.dumps([_row(change) for change in changes])})
     return [to_applied(row) for row in rows]
 
 
-def statement(source: str, effects: Effects, *, skip_locked: bool) -> TextClause:
-    """Compose the one statement over a source query.
+def statement(source: str, types: Mapping[str, str], effects: Effects, *, skip_locked: bool) -> Prepared:
+    """Compose the one statement over a source query whose parameters have the given Postgres types.
 
     ``source`` must yield the columns of `_COLUMNS`. ``skip_locked`` leaves out rows another transaction holds instead
     of waiting for it: right for admission, which takes whatever it can have, wrong for an end that must be written.
@@ -109,7 +110,7 @@ def statement(source: str, effects: Effects, *, skip_locked: bool) -> TextClause
         parts.append(_ATTEMPT)
     if effects.accounts:
         parts.append(_INBOX)
-    return text("WITH " + ",\n".join(parts) + _RESULT)
+    return Prepared("WITH " + ",\n".join(parts) + _RESULT, types)
 
 
 def to_applied(row: Row[Any]) -> Applied:
@@ -135,8 +136,8 @@ def _row(change: Change) -> dict[str, Any]:
 
 
 @lru_cache
-def _statement_for_changes(effects: Effects) -> TextClause:
-    return statement(_FROM_CHANGES, effects, skip_locked=False)
+def _statement_for_changes(effects: Effects) -> Prepared:
+    return statement(_FROM_CHANGES, {"changes": "jsonb"}, effects, skip_locked=False)
 
 
 _CHANGE_FIELDS = tuple(Change.__dataclass_fields__)
@@ -145,7 +146,7 @@ _COLUMNS = """ti_id bigint, from_state text, to_state text, reason text, attempt
     worker_id uuid, hostname text, pid integer, not_before timestamptz, delay_seconds double precision,
     user_failure boolean, infra_failure boolean, exit_code integer, peak_rss_bytes bigint, account boolean"""
 
-_FROM_CHANGES = f"SELECT * FROM jsonb_to_recordset(CAST(:changes AS jsonb)) AS c ({_COLUMNS})"
+_FROM_CHANGES = f"SELECT * FROM jsonb_to_recordset(:changes) AS c ({_COLUMNS})"
 
 _CHANGE = "change AS MATERIALIZED ({source})"
 
