@@ -82,3 +82,7 @@ class PublishError(DflowError):
 
 class ServerBinaryError(DflowError):
     """No usable Postgres or Redis binary for this platform, or one that does not fit the data in the home."""
+
+
+class ServerStartError(DflowError):
+    """An embedded server did not start; the message has its last words and what to do."""
