@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
+
+_CLOSE: Final = 0.6  # difflib's own cutoff of get_close_matches
+_NOISE: Final = 0.1
 
 
 def nearest(word: str, known: Iterable[str]) -> list[str]:
-    """Return up to three of the known names that are close to the word, best first, whatever the case."""
-    from difflib import get_close_matches
+    """Return up to three of the known names that are close to the word, best first, whatever the case.
 
-    by_folded = {name.lower(): name for name in known}
-    return [by_folded[match] for match in get_close_matches(word.lower(), by_folded, n=3, cutoff=0.6)]
+    Names that are much further away than the best one are left out: they are noise beside it.
+    """
+    from difflib import SequenceMatcher
+
+    folded = word.lower()
+    ratios = {name: SequenceMatcher(None, folded, name.lower()).ratio() for name in known}
+    close = sorted((name for name in ratios if ratios[name] >= _CLOSE), key=lambda name: (-ratios[name], name))
+    return [name for name in close[:3] if ratios[name] >= ratios[close[0]] - _NOISE]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
