@@ -131,7 +131,7 @@ def _data_major(data_dir: Path) -> int | None:
         return None
     except (OSError, ValueError) as error:
         raise ServerStartError(
-            f"Cannot read {data_dir / 'PG_VERSION'}: {error}. Check who owns the directory."
+            f"Cannot read {data_dir / 'PG_VERSION'}: {error}. Start dflow as the user that made it."
         ) from error
 
 
