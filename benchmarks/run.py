@@ -3,11 +3,11 @@
     python -m benchmarks.run [--workers 2] [--concurrency 4] [--rounds 5] [--json FILE]
 
 Starts `dflow standalone` in an empty home, and beside it as many raw Celery workers with the same concurrency. Rounds
-of raw and dflow alternate, so that both see the same machine; the workers of the other side idle meanwhile. Reported:
+of raw and dflow alternate, so that both see the same machine; the other side idles meanwhile. Reported:
 
-- *drain rate*: tasks a second. Raw: from the first message published to the last one acknowledged. dflow: from the first
+- *drain rate*: tasks a second. Raw: from the first message published to the last acknowledged. dflow: from the first
   start to the last end of the 500 middle tasks, by the database's clock, scheduler and all state included.
-- *gap*: from the end of a task to the start of its successor in a chain of 50. By the rows (end committed to claim), and
+- *gap*: from the end of a task to the start of its successor in a chain of 50. By the rows (end written to claim), and
   by the clock inside the tasks (function returned to next function entered), which is everything a user waits for.
 """
 
