@@ -86,3 +86,11 @@ class ServerBinaryError(DflowError):
 
 class ServerStartError(DflowError):
     """An embedded server did not start; the message has its last words and what to do."""
+
+
+class AgentRequestError(DflowError):
+    """The agent of this worker machine could not do what a task process asked; the message says why."""
+
+
+class AgentStartError(DflowError):
+    """The agent of this worker machine did not come up, or is gone; the worker cannot claim anything without it."""

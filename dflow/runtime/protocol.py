@@ -11,7 +11,7 @@ import json
 import socket
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any, Final, Protocol
 
@@ -102,16 +102,24 @@ class AttemptClient(Protocol):
         """Hand log lines over; they reach Postgres within about `worker.log_flush_interval` seconds."""
 
 
-def write_frame(sock: socket.socket, message: Mapping[str, Any]) -> None:
-    """Send one message: four bytes of length, then UTF-8 JSON."""
+def encode_frame(message: Mapping[str, Any]) -> bytes:
+    """Return one message as it goes over the socket: four bytes of length, then UTF-8 JSON.
+
+    Raises ValueError for a message over `MAX_FRAME_BYTES`, TypeError for a value JSON does not have.
+    """
     body = json.dumps(message, separators=(",", ":")).encode()
     if len(body) > MAX_FRAME_BYTES:
         raise ValueError(f"a frame of {len(body)} bytes is over the limit of {MAX_FRAME_BYTES}")
-    sock.sendall(_LENGTH.pack(len(body)) + body)
+    return _LENGTH.pack(len(body)) + body
+
+
+def write_frame(sock: socket.socket, message: Mapping[str, Any]) -> None:
+    """Send one message over a blocking socket."""
+    sock.sendall(encode_frame(message))
 
 
 def read_frame(sock: socket.socket) -> dict[str, Any] | None:
-    """Receive one message; None when the other side has closed the connection."""
+    """Receive one message from a blocking socket; None when the other side has closed the connection."""
     header = _read_exactly(sock, _LENGTH.size)
     if header is None:
         return None
@@ -119,7 +127,71 @@ def read_frame(sock: socket.socket) -> dict[str, Any] | None:
     if length > MAX_FRAME_BYTES:
         raise ValueError(f"a frame of {length} bytes is over the limit of {MAX_FRAME_BYTES}")
     body = _read_exactly(sock, length)
-    return None if body is None else json.loads(body)
+    return None if body is None else _decode(body)
+
+
+class FrameDecoder:
+    """Cuts what arrives from a non-blocking socket into messages."""
+
+    __slots__ = ("_buffer",)
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[dict[str, Any]]:
+        """Add received bytes; return the messages complete by now. Raises ValueError for what is no message."""
+        buffer = self._buffer
+        buffer += data
+        messages = []
+        start = 0
+        while len(buffer) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(buffer, start)
+            if length > MAX_FRAME_BYTES:
+                raise ValueError(f"a frame of {length} bytes is over the limit of {MAX_FRAME_BYTES}")
+            end = start + _LENGTH.size + length
+            if len(buffer) < end:
+                break
+            messages.append(_decode(bytes(buffer[start + _LENGTH.size : end])))
+            start = end
+        if start:
+            del buffer[:start]
+        return messages
+
+
+def work_to_json(work: Work) -> dict[str, Any]:
+    """Return the work as plain JSON; instants become ISO 8601 text."""
+    data = {name: getattr(work, name) for name in _WORK_FIELDS}
+    for name in _WORK_INSTANTS:
+        if data[name] is not None:
+            data[name] = data[name].isoformat()
+    return data
+
+
+def work_from_json(data: Mapping[str, Any]) -> Work:
+    """The reverse of `work_to_json`."""
+    values = dict(data)
+    for name in _WORK_INSTANTS:
+        if values[name] is not None:
+            values[name] = datetime.fromisoformat(values[name])
+    return Work(**values)
+
+
+_WORK_FIELDS: Final = tuple(f.name for f in fields(Work))
+_WORK_INSTANTS: Final = (
+    "logical_date",
+    "data_interval_start",
+    "data_interval_end",
+    "run_after",
+    "run_started_at",
+    "started_at",
+)
+
+
+def _decode(body: bytes) -> dict[str, Any]:
+    message = json.loads(body)
+    if not isinstance(message, dict):
+        raise ValueError("a frame must hold one JSON object")
+    return message
 
 
 def _read_exactly(sock: socket.socket, count: int) -> bytes | None:
