@@ -40,15 +40,9 @@ def with_embedded_addresses(settings: Settings) -> Settings:
     """Return the settings with empty addresses filled by those of the home's embedded servers."""
     if settings.database.sql_alchemy_conn and settings.celery.broker_url:
         return settings
-    from dflow.embedded import urls
+    from dflow.standalone.attach import attach
 
-    database_url, broker_url = urls(settings.home)
-    changes: dict[str, str | int | float | bool | None] = {}
-    if not settings.database.sql_alchemy_conn:
-        changes["database.sql_alchemy_conn"] = database_url
-    if not settings.celery.broker_url:
-        changes["celery.broker_url"] = broker_url
-    return settings.with_values(changes, source=EMBEDDED_SOURCE)
+    return attach(settings, source=EMBEDDED_SOURCE)
 
 
 def is_embedded(settings: Settings) -> bool:

@@ -197,6 +197,11 @@ class PostgresServer:
         except OSError as error:
             raise ServerStartError(f"Postgres in {self.data_dir}: {_explain(error)}") from error
 
+    def request_stop(self) -> None:
+        """Ask for a fast shutdown and return at once."""
+        if (identity := self.identity) is not None:
+            identity.send(signal.SIGINT)
+
     def stop(self, *, grace_seconds: float = 30.0) -> None:
         """Shut down cleanly: open transactions are rolled back, a checkpoint is written; harder if it takes long."""
         identity = self.identity

@@ -38,6 +38,22 @@ class ProcessIdentity:
         except psutil.Error:
             return None
 
+    def descendants(self) -> list[ProcessIdentity]:
+        """Return the living processes below it, as of now."""
+        process = self.find()
+        try:
+            children = process.children(recursive=True) if process else []
+        except psutil.Error:
+            return []
+        return [found for child in children if (found := ProcessIdentity.of(child.pid)) is not None]
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal if the process still lives."""
+        process = self.find()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process is not None:
+                process.send_signal(number)
+
     def find(self) -> psutil.Process | None:
         """Return the process if it still lives (a zombie does not), else None."""
         try:
@@ -85,11 +101,7 @@ def spawn(
 def end(identity: ProcessIdentity, *steps: tuple[signal.Signals, float]) -> bool:
     """Send each signal in turn and wait up to its number of seconds for the process to be gone; False if it stays."""
     for number, seconds in steps:
-        process = identity.find()
-        if process is None:
-            return True
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(number)
+        identity.send(number)
         if await_gone(identity, seconds):
             return True
     return identity.find() is None

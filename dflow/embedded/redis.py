@@ -121,6 +121,11 @@ class RedisServer:
         except OSError as error:
             raise ServerStartError(f"Redis in {self.data_dir}: {error}. Check who owns the directory.") from error
 
+    def request_stop(self) -> None:
+        """Ask it to stop and return at once."""
+        if (identity := self.identity) is not None:
+            identity.send(signal.SIGTERM)
+
     def stop(self, *, grace_seconds: float = 10.0) -> None:
         """Stop the server; what was queued in it is gone, which costs nothing but a moment."""
         self._end((signal.SIGTERM, grace_seconds), (signal.SIGKILL, 5.0))

@@ -1,0 +1,139 @@
+"""What the supervisor shows: messages, and below them a live table of runs and workers on a terminal.
+
+Without a terminal the same is said in plain lines, and only when it has changed. What is shown is read from Postgres;
+while that is away, the last table stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from dflow.core.errors import StoreUnavailableError
+from dflow.store import overview
+from dflow.store.engine import Store
+from dflow.store.overview import RunLine, WorkerLine
+
+_STYLES: Final = {
+    "success": "green",
+    "failed": "red",
+    "running": "cyan",
+    "queued": "yellow",
+    "up_for_retry": "yellow",
+    "upstream_failed": "magenta",
+    "overdue": "red",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """What there is to show at one moment."""
+
+    runs: Sequence[RunLine] = ()
+    workers: Sequence[WorkerLine] = ()
+
+
+def read(store: Store, limit: int) -> Snapshot | None:
+    """Return what the database says, or None while it is away."""
+    try:
+        with store.begin() as tx:
+            return Snapshot(runs=overview.recent_runs(tx, limit), workers=overview.live_workers(tx))
+    except StoreUnavailableError:
+        return None
+
+
+class Display:
+    """Shows messages and snapshots on a console; a context manager, because a live table must be closed."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        self._last_line = ""
+
+    @property
+    def run_limit(self) -> int:
+        """How many runs fit."""
+        return max(3, min(15, self._console.height - 16)) if self._live else 20
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def say(self, message: str) -> None:
+        """Print one message above the table."""
+        self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Replace the table, or print a line when something has changed."""
+        if self._live:
+            self._live.update(Group(_runs_table(snapshot.runs), _workers_table(snapshot.workers)), refresh=True)
+            return
+        line = summary(snapshot)
+        if line != self._last_line:
+            self._last_line = line
+            self.say(line)
+
+
+def summary(snapshot: Snapshot) -> str:
+    """Return a snapshot in one plain line."""
+    runs = _counted(run.state for run in snapshot.runs)
+    busy = sum(worker.running for worker in snapshot.workers)
+    slots = sum(worker.concurrency for worker in snapshot.workers)
+    return f"runs: {runs or 'none yet'}; workers: {len(snapshot.workers)} ({busy} of {slots} slots busy)"
+
+
+def _counted(states: Iterable[str]) -> str:
+    counts: dict[str, int] = {}
+    for state in states:
+        counts[state] = counts.get(state, 0) + 1
+    return ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+
+
+def _runs_table(runs: Sequence[RunLine]) -> Table:
+    table = _table("Runs", "dag", "run", "state", "elapsed", "tasks")
+    for run in runs:
+        elapsed = "" if run.elapsed_seconds is None else f"{run.elapsed_seconds:.1f} s"
+        table.add_row(run.dag_id, run.run_id, _state(run.state), elapsed, _counts(run.counts))
+    if not runs:
+        table.add_row("none yet", "dflow dags trigger tz_report --wait", "", "", "")
+    return table
+
+
+def _workers_table(workers: Sequence[WorkerLine]) -> Table:
+    table = _table("Workers", "name", "state", "queues", "busy", "claimed so far")
+    for one in workers:
+        busy = f"{one.running} of {one.concurrency}"
+        table.add_row(one.name, _state(one.state), ", ".join(one.queues), busy, str(one.claimed))
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", expand=False, title_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="ellipsis", no_wrap=True)
+    return table
+
+
+def _state(state: str) -> Text:
+    return Text(state, style=_STYLES.get(state, ""))
+
+
+def _counts(counts: Mapping[str, int]) -> Text:
+    text = Text()
+    for state, count in sorted(counts.items()):
+        text.append(f"{count} {state}  ", style=_STYLES.get(state, "dim"))
+    return text
