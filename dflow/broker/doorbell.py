@@ -100,7 +100,7 @@ class RedisDoorbell:
         self._client.close()
 
     def _subscribe(self) -> None:
-        pubsub = self._client.pubsub(ignore_subscribe_messages=True)
+        pubsub: Any = self._client.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
         try:
             pubsub.subscribe(self._channel)
         except BaseException:

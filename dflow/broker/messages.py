@@ -27,7 +27,7 @@ def body(nudge: Nudge) -> str:
 
 
 def headers(nudge: Nudge, *, origin: str) -> dict[str, Any]:
-    """Return the headers: what runs, under which id, and names for people (Flower shows ``shadow`` and ``argsrepr``)."""
+    """Return the headers: what runs, under which id, and names for people: Flower shows ``shadow`` and ``argsrepr``."""
     return {
         "lang": "py",
         "task": TASK_NAME,

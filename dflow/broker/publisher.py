@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import redis
-from kombu import Connection
+from kombu.connection import Connection
 from kombu.exceptions import KombuError
 
 from dflow.broker import messages
@@ -95,7 +95,7 @@ class Publisher:
 
     def _connect(self) -> None:
         if self._producer is None:
-            self._connection = Connection(
+            self._connection = Connection(  # type: ignore[no-untyped-call]
                 self._url, transport_options=self._transport_options, connect_timeout=self._connect_timeout
             )
             self._producer = self._connection.Producer(auto_declare=False)

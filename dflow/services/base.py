@@ -89,7 +89,7 @@ def run_forever(
     :param stall_after_seconds: how long one pass may take before the process gives itself up; 0 = for ever.
     """
     watchdog = Watchdog(stall_after_seconds, service.name) if stall_after_seconds > 0 else None
-    failures = _Failures(service.name)
+    failures = Failures(service.name)
     try:
         while not stop.is_set():
             try:
@@ -152,7 +152,7 @@ class Watchdog:
                 return
 
 
-class _Failures:
+class Failures:
     """Logs the first of a row of failures and paces the retries."""
 
     def __init__(self, name: str) -> None:
