@@ -1,4 +1,4 @@
-"""A ledger that tasks write themselves: who ran when, on a connection of their own, so that dflow's word is not needed."""
+"""A ledger that tasks write themselves: who ran when, on a connection of their own; dflow need not be believed."""
 
 from __future__ import annotations
 
