@@ -54,6 +54,14 @@ def list_(tx: Connection, bundle_name: str) -> list[DagFile]:
     return all_rows(DagFile, tx.execute(_LIST, {"bundle_name": bundle_name}))
 
 
+def mark(tx: Connection, bundle_name: str) -> str:
+    """Return a text that differs when the files, errors or active DAGs of a bundle are not those of an earlier mark.
+
+    For a dag-processor to see, for the price of one statement, that another one or a person changed something.
+    """
+    return str(tx.execute(_MARK, {"bundle_name": bundle_name}).scalar_one())
+
+
 def forget_missing(tx: Connection, *, bundle_name: str, paths: Sequence[str]) -> list[str]:
     """Delete the files of a bundle that are not among ``paths``, with their import errors; return their paths."""
     return sorted(tx.execute(_FORGET, {"bundle_name": bundle_name, "paths": list(paths)}).scalars())
@@ -68,6 +76,12 @@ _PUT = text("""
 _LIST = text("""
     SELECT bundle_name, path, sha256, imports, dag_ids, parsed_at, duration_seconds FROM dag_file
     WHERE bundle_name = :bundle_name ORDER BY path""")
+
+_MARK = text("""
+    SELECT concat_ws(' ',
+        (SELECT concat_ws(' ', count(*), max(parsed_at)) FROM dag_file WHERE bundle_name = :bundle_name),
+        (SELECT concat_ws(' ', count(*), max(created_at)) FROM import_error WHERE bundle_name = :bundle_name),
+        (SELECT count(*) FROM dag WHERE bundle_name = :bundle_name AND is_active))""")
 
 _FORGET = text("""
     WITH errors AS (

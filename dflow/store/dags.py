@@ -168,13 +168,15 @@ def deactivate_others_in_file(tx: Connection, *, bundle_name: str, path: str, ke
     return sorted(rows.scalars())
 
 
-def set_bundle_hash(tx: Connection, *, bundle_name: str, bundle_hash: str) -> int:
-    """Pin new runs of all active DAGs of a bundle to ``bundle_hash``; return how many DAGs changed.
+def set_bundle_hash(tx: Connection, *, bundle_name: str, bundle_hash: str, except_paths: Sequence[str] = ()) -> int:
+    """Pin new runs of the active DAGs of a bundle to ``bundle_hash``; return how many DAGs changed.
 
-    A file of a bundle may import any other, so a new bundle is new code for every DAG of it. Locks the changed rows in
-    the order of their ids.
+    A file of a bundle may import any other, so a new bundle is new code for every DAG of it. ``except_paths`` are files
+    that do not work in it: their DAGs keep the code they last worked with. Locks the changed rows in the order of their
+    ids.
     """
-    return tx.execute(_SET_BUNDLE_HASH, {"bundle_name": bundle_name, "bundle_hash": bundle_hash}).rowcount
+    values = {"bundle_name": bundle_name, "bundle_hash": bundle_hash, "except_paths": list(except_paths)}
+    return tx.execute(_SET_BUNDLE_HASH, values).rowcount
 
 
 def locations(tx: Connection, dag_ids: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -363,6 +365,7 @@ _SET_BUNDLE_HASH = text("""
     WITH locked AS (
         SELECT dag_id FROM dag
         WHERE is_active AND bundle_name = :bundle_name AND bundle_hash IS DISTINCT FROM :bundle_hash
+            AND path <> ALL(CAST(:except_paths AS text[]))
         ORDER BY dag_id FOR NO KEY UPDATE)
     UPDATE dag d SET bundle_hash = :bundle_hash FROM locked WHERE d.dag_id = locked.dag_id""")
 

@@ -133,6 +133,12 @@ class Store:
                 raise self._unavailable(error) from error
         raise AssertionError("the loop returns or raises")
 
+    @contextmanager
+    def session(self) -> Iterator[Connection]:
+        """Lend one connection without a transaction (each statement commits by itself), for locks of a session."""
+        with self._mapped_errors(), self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            yield connection
+
     def database_up_since(self, tx: Tx) -> datetime:
         """Return when the database server started (by its clock); leases are not judged right after that."""
         since: datetime = tx.execute(_UP_SINCE).scalar_one()

@@ -18,6 +18,7 @@ from dflow.core.errors import ConflictError, NotFoundError, SerializationError
 from dflow.core.ids import run_id_for
 from dflow.core.spec import TaskSpec
 from dflow.core.states import RUN_TERMINAL, Reason, RunState, RunType, TaskState
+from dflow.core.timetable import DueRun
 from dflow.store import dags
 from dflow.store.apply import Change, apply
 from dflow.store.rows import all_rows, columns, did_you_mean, first_row
@@ -272,6 +273,19 @@ def list_(
     return all_rows(Run, tx.execute(query, {"dag_id": dag_id, "states": wanted, "limit": limit}))
 
 
+def last_scheduled(tx: Connection, dag_id: str) -> DueRun | None:
+    """Return the last run the DAG's timetable made, None when it made none yet. Reads the DAG's runs; not for loops."""
+    row = tx.execute(_LAST_SCHEDULED, {"dag_id": dag_id}).first()
+    if row is None:
+        return None
+    return DueRun(
+        logical_date=row.logical_date or row.run_after,
+        interval_start=row.data_interval_start or row.run_after,
+        interval_end=row.data_interval_end or row.run_after,
+        run_after=row.run_after,
+    )
+
+
 def state_counts(tx: Connection, run_pk: int) -> dict[str, int]:
     """Return how many task instances of a run are in each state (states with none are absent)."""
     return state_counts_of(tx, [run_pk])[run_pk]
@@ -517,6 +531,10 @@ _LIST_OF_DAG = text(f"""
     SELECT {_COLUMNS} FROM dag_run r
     WHERE r.dag_id = :dag_id AND (CAST(:states AS text[]) IS NULL OR r.state = ANY(CAST(:states AS text[])))
     ORDER BY r.id DESC LIMIT :limit""")
+
+_LAST_SCHEDULED = text("""
+    SELECT logical_date, data_interval_start, data_interval_end, run_after FROM dag_run
+    WHERE dag_id = :dag_id AND run_type = 'scheduled' ORDER BY run_after DESC LIMIT 1""")
 
 _STATE_COUNTS = text("""
     SELECT run_pk, state, count(*) AS total FROM task_instance
