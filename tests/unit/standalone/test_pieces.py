@@ -1,0 +1,142 @@
+"""The supervisor's small parts: log rotation, ports, the record, restarts, what other commands find."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from dflow.core.errors import ConflictError
+from dflow.embedded.process import ProcessIdentity
+from dflow.settings import load
+from dflow.standalone import log_files, ports, record
+from dflow.standalone.attach import attach
+from dflow.standalone.components import Component
+from dflow.standalone.display import Snapshot, summary
+from dflow.store.overview import RunLine, WorkerLine
+
+
+def me():
+    return ProcessIdentity.of(os.getpid())
+
+
+def test_the_last_logs_are_kept(tmp_path):
+    log = tmp_path / "x.log"
+    for number in range(8):
+        log.write_text(str(number))
+        log_files.rotate(log, keep=3)
+        log_files.rotate(log, keep=3)
+    assert not log.exists()
+    assert [(tmp_path / f"x.log.{n}").read_text() for n in (1, 2, 3)] == ["7", "6", "5"]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_port_that_was_asked_for_and_is_taken_is_refused_by_name():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConflictError, match=rf"127\.0\.0\.1:{port}.*--flower-port"):
+            ports.choose("127.0.0.1", port, is_explicit=True)
+        assert ports.choose("127.0.0.1", port, is_explicit=False) > port
+
+
+def test_a_record_survives_the_round_trip_and_is_private(tmp_path):
+    written = record.Record(
+        supervisor=me(), overrides={"core.executor": "LocalExecutor"}, processes={"scheduler": me()}
+    )
+    record.write(tmp_path, written)
+    assert record.read(tmp_path) == written
+    assert (tmp_path / record.RECORD_NAME).stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"supervisor": 3}', '{"supervisor": {}, "overrides": {}}'])
+def test_a_record_nobody_can_read_is_none(tmp_path, text):
+    (tmp_path / record.RECORD_NAME).write_text(text)
+    assert record.read(tmp_path) is None
+    assert record.end_left_behind(tmp_path, grace_seconds=1) == []
+
+
+def test_two_supervisors_on_one_home_are_one_too_many(tmp_path):
+    record.write(tmp_path, record.Record(supervisor=me()))
+    told = pytest.raises(ConflictError, match=rf"already runs \(process {os.getpid()}\)")
+    with record.locked(tmp_path), told, record.locked(tmp_path):
+        pass
+
+
+def test_only_recorded_processes_are_ended_and_only_when_they_are_the_same(tmp_path):
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"], stdout=-1)
+    sleeper.stdout.readline()
+    identity = ProcessIdentity.of(sleeper.pid)
+    gone = ProcessIdentity(pid=identity.pid, created=identity.created - 1000)
+    try:
+        stranger = ProcessIdentity(pid=os.getpid(), created=1.0)
+        record.write(tmp_path, record.Record(supervisor=stranger, processes={"scheduler": gone, "worker-1": stranger}))
+        assert record.end_left_behind(tmp_path, grace_seconds=1) == []
+        assert sleeper.poll() is None
+        record.write(tmp_path, record.Record(supervisor=stranger, processes={"scheduler": identity}))
+        assert record.end_left_behind(tmp_path, grace_seconds=5) == ["scheduler"]
+        assert sleeper.wait(5) == -15
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+        sleeper.stdout.close()
+
+
+def test_other_commands_find_what_the_supervisor_was_given(tmp_path):
+    settings = load(home=tmp_path, env={})
+    assert attach(settings, source="x").database.sql_alchemy_conn.startswith("postgresql://dflow@/dflow?host=")
+    (tmp_path / "run").mkdir()
+    given = {"core.executor": "LocalExecutor", "database.sql_alchemy_conn": "postgresql://me@db/dflow"}
+    record.write(tmp_path / "run", record.Record(supervisor=me(), overrides=given))
+    found = attach(settings, source="x")
+    assert (found.core.executor, found.database.sql_alchemy_conn) == tuple(given.values())
+
+
+def test_what_is_configured_is_never_replaced(tmp_path):
+    env = {"DFLOW__DATABASE__SQL_ALCHEMY_CONN": "postgresql://me@db/mine"}
+    settings = load(home=tmp_path, env=env)
+    (tmp_path / "run").mkdir()
+    record.write(tmp_path / "run", record.Record(supervisor=me(), overrides={"core.executor": "LocalExecutor"}))
+    found = attach(settings, source="x")
+    assert found.database.sql_alchemy_conn == "postgresql://me@db/mine"
+    assert found.core.executor == "CeleryExecutor"
+    assert found.celery.broker_url.startswith("redis+socket://")
+
+
+class Crashing:
+    """Ends as soon as it is started."""
+
+    log_file = None
+    identity = None
+
+    def poll(self):
+        return 3
+
+    def start(self):
+        pass
+
+
+def test_restarts_pause_longer_with_each_crash_in_a_row():
+    component = Component(name="x", runnable=Crashing())
+    pauses = []
+    for _ in range(8):
+        component.start()
+        pauses.append(component.notice_end())
+        assert component.notice_end() is None, "an end is noticed once"
+    assert pauses == [1, 2, 4, 8, 16, 30, 30, 30]
+    component.start()
+    component.started_at -= 100
+    assert component.notice_end() == 1
+
+
+def test_the_summary_counts():
+    assert summary(Snapshot()) == "runs: none yet; workers: 0 (0 of 0 slots busy)"
+    run = RunLine(dag_id="d", run_id="r", state="running", cause=None, elapsed_seconds=1.0, counts={})
+    worker = WorkerLine(
+        name="w", hostname="h", state="live", executor="e", queues=("q",), concurrency=4, running=2, claimed=9
+    )
+    assert summary(Snapshot(runs=[run, run], workers=[worker])) == "runs: 2 running; workers: 1 (2 of 4 slots busy)"
