@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from dflow.cli import components, config, output, session, version
+from dflow.cli import components, config, dags, db, info, output, pools, runs, session, tasks, version
 from dflow.core.errors import DflowError, SettingsError
 
 _RUN, _WORK, _SETUP = "Run dflow", "Work with DAGs", "Set up and look after"
@@ -90,7 +90,13 @@ app.command(
     epilog="Example: dflow worker -q default,heavy -c 8 -n w1",
 )(components.worker)
 app.command("flower", rich_help_panel=_RUN, context_settings=components.PASS_ON)(components.flower)
+app.add_typer(dags.app, name="dags", rich_help_panel=_WORK)
+app.add_typer(runs.app, name="runs", rich_help_panel=_WORK)
+app.add_typer(tasks.app, name="tasks", rich_help_panel=_WORK)
+app.add_typer(pools.app, name="pools", rich_help_panel=_WORK)
 app.add_typer(config.app, name="config", rich_help_panel=_SETUP)
+app.add_typer(db.app, name="db", rich_help_panel=_SETUP)
+app.command("info", rich_help_panel=_SETUP)(info.info)
 app.command("version", rich_help_panel=_SETUP)(version.version)
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 
 _WIDE: Final = 100_000  # the width of what is no terminal: nothing is wrapped
+_SECONDS: Final = "_seconds"  # a column of this suffix is a length of time; tables show it as people read it
+_STATE_COLUMNS: Final = frozenset({"state", "from_state", "to_state"})
 STATE_STYLES: Final[dict[str, str]] = {
     "success": "green",
     "running": "cyan",
@@ -161,7 +163,7 @@ def _table(records: Sequence[Row], columns: Sequence[str]) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     for name in columns:
         is_number = all(isinstance(record[name], int | float) for record in records)
-        table.add_column(name.replace("_", " "), justify="right" if is_number else "left", overflow="fold")
+        table.add_column(_title(name), justify="right" if is_number else "left", overflow="fold")
     for record in records:
         table.add_row(*(_cell(name, value) for name, value in record.items()))
     out().print(table)
@@ -174,14 +176,20 @@ def _record_table(record: Row) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in record.items():
-        table.add_row(name.replace("_", " "), _cell(name, value))
+        table.add_row(_title(name), _cell(name, value))
     out().print(table)
 
 
 def _cell(name: str, value: Any) -> Text:
     from rich.text import Text
 
-    return styled_state(str(value)) if name in {"state", "from_state", "to_state"} else Text(_shown(value))
+    if name in _STATE_COLUMNS:
+        return styled_state(str(value))
+    return Text(duration(value) if name.endswith(_SECONDS) else _shown(value))
+
+
+def _title(name: str) -> str:
+    return name.removesuffix(_SECONDS).replace("_", " ")
 
 
 def _shown(value: Any) -> str:
