@@ -17,30 +17,18 @@ Ticks are a fixed set of instants, given by the schedule alone, so asking twice 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Final, Protocol
 from zoneinfo import ZoneInfo
 
-from dflow.core.cron import PRESETS as CRON_PRESETS
-from dflow.core.cron import first_instant_of, parse, validate_cron
+from dflow.core.cron import PRESETS, first_instant_of, parse, validate_cron
 from dflow.core.errors import DagDefinitionError
 from dflow.core.spec import ScheduleSpec
 
-__all__ = [
-    "PRESETS",
-    "DueRun",
-    "next_run",
-    "schedule_from_text",
-    "ticks_between",
-    "validate_cron",
-    "validate_schedule",
-    "zone_for",
-]
+__all__ = ["PRESETS", "DueRun", "next_run", "ticks_between", "validate_cron", "zone_for"]
 
-PRESETS: Final = ("@once", "@continuous", *CRON_PRESETS)
 _KINDS: Final = ("none", "once", "continuous", "cron", "delta")
 _TICK: Final = timedelta.resolution
 _DAY: Final = timedelta(days=1)
@@ -112,33 +100,6 @@ def ticks_between(
         tick = ticks.next_after(tick)
 
 
-def schedule_from_text(text: str, timezone: str = "UTC") -> ScheduleSpec:
-    """Return the schedule an author wrote as a string: a cron expression or a preset; DagDefinitionError otherwise."""
-    zone_for(timezone)
-    name = text.strip().lower()
-    if name in ("@once", "@continuous"):
-        return ScheduleSpec(kind=name[1:], timezone=timezone, summary=name)
-    if name.startswith("@") and name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(PRESETS)} or a cron expression."
-        raise DagDefinitionError(f"unknown schedule preset {text!r}; {hint}")
-    expression = validate_cron(text)
-    return ScheduleSpec(
-        kind="cron", expression=expression, timezone=timezone, summary=name if name in PRESETS else expression
-    )
-
-
-def validate_schedule(schedule: ScheduleSpec) -> None:
-    """Raise DagDefinitionError, with what to write instead, unless `next_run` can work with this schedule."""
-    if schedule.kind not in _KINDS:
-        near = difflib.get_close_matches(schedule.kind, _KINDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(_KINDS)}."
-        raise DagDefinitionError(f"unknown kind of schedule {schedule.kind!r}; {hint}")
-    zone_for(schedule.timezone)
-    if schedule.kind in ("cron", "delta"):
-        _ticks(schedule, None)
-
-
 def zone_for(name: str) -> ZoneInfo:
     """Return the IANA time zone of that name; DagDefinitionError if there is none."""
     try:
@@ -183,10 +144,10 @@ def _ticks(schedule: ScheduleSpec, start_date: datetime | None) -> Ticks:
         return _CronTicks(schedule.expression, zone)
     if schedule.kind == "delta" and schedule.interval_seconds is not None:
         return _delta_ticks(schedule.interval_seconds, zone, start_date)
-    raise DagDefinitionError(
-        f"a schedule of kind {schedule.kind!r} needs "
-        + {"cron": "an expression", "delta": "interval_seconds"}.get(schedule.kind, f"to be one of {', '.join(_KINDS)}")
-    )
+    if schedule.kind in _KINDS:
+        missing = "an expression" if schedule.kind == "cron" else "interval_seconds"
+        raise DagDefinitionError(f"a schedule of kind {schedule.kind!r} needs {missing}")
+    raise DagDefinitionError(f"unknown kind of schedule {schedule.kind!r}; use one of {', '.join(_KINDS)}")
 
 
 class _CronTicks:

@@ -1,0 +1,1 @@
+"""Property tests: hypothesis drives the pure parts against plain models."""
