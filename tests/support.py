@@ -150,14 +150,7 @@ class Cluster:
 
     def marked_processes(self) -> list[psutil.Process]:
         """Every living process of this cluster, however it came to be."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARKER) == self.token and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except (psutil.Error, OSError):
-                continue
-        return found
+        return marked_processes(self.token)
 
     def _end_leftovers(self) -> list[str]:
         deadline = time.monotonic() + 10
@@ -254,6 +247,18 @@ class Cluster:
         for one in self.components:
             status = "running" if one.is_running() else f"ended with {one.process.returncode}"
             print(f"----- {one.name} ({status})\n{tail(one.log_file, lines=lines)}")
+
+
+def marked_processes(token: str) -> list[psutil.Process]:
+    """Every living process started, however indirectly, with this token in its environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARKER) == token and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
 
 
 def _ended_within(component: Component, seconds: float) -> bool:

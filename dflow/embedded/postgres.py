@@ -218,6 +218,7 @@ class PostgresServer:
         if _data_major(self.data_dir) is None:
             _create_cluster(installation, self.data_dir, self.log_file, user)
         _stop_left_behind(self.data_dir)
+        _remove_stale_lock(self.socket_dir, self.data_dir)
         self._write_access_rules(user)
         private_directory(self.socket_dir, None if user is None else user.uid)
         self._launch(installation, user)
@@ -393,6 +394,19 @@ def _stop_left_behind(data_dir: Path) -> None:
             end(server, (signal.SIGKILL, 5.0))
     # A pid file whose number now belongs to an unrelated process would make Postgres refuse to start.
     (data_dir / "postmaster.pid").unlink(missing_ok=True)
+
+
+def _remove_stale_lock(socket_dir: Path, data_dir: Path) -> None:
+    """Remove the lock beside the socket that a killed server of this data directory left.
+
+    It names a process id, and Postgres takes any process of that id, even a dead one not yet reaped, for the owner.
+    """
+    lock = socket_dir / f".s.PGSQL.{POSTGRES_PORT}.lock"
+    try:
+        if lock.read_text().splitlines()[1:2] == [str(data_dir)]:
+            lock.unlink()
+    except FileNotFoundError:
+        return
 
 
 def _processes_in(data_dir: Path) -> list[ProcessIdentity]:

@@ -13,7 +13,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +23,7 @@ from dflow.embedded.process import ProcessIdentity, await_gone, end
 
 RECORD_NAME: Final = "standalone.json"
 _LOCK_NAME: Final = "standalone.lock"
+_SERVERS: Final = {"redis": signal.SIGTERM, "postgres": signal.SIGINT}  # SIGINT: Postgres does not wait for clients
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,14 +102,22 @@ def end_left_behind(run_dir: Path, *, grace_seconds: float) -> list[str]:
     if record is None or record.is_alive():
         return []
     left = {name: one for name, one in record.processes.items() if one.find() is not None}
-    everyone = [member for one in left.values() for member in (one, *one.descendants())]
-    for one in left.values():
-        one.send(signal.SIGTERM)
+    programs = [one for name, one in left.items() if name not in _SERVERS]
+    _end_together(programs, signal.SIGTERM, grace_seconds)
+    for name, number in _SERVERS.items():  # last, so that the programs could write what they had to
+        _end_together([left[name]] if name in left else [], number, grace_seconds)
+    return list(left)
+
+
+def _end_together(processes: Sequence[ProcessIdentity], number: signal.Signals, grace_seconds: float) -> None:
+    family = [member for one in processes for member in (one, *one.descendants())]
+    for one in processes:
+        one.send(number)
+        one.send(signal.SIGCONT)  # one that is suspended could not obey
     deadline = time.monotonic() + grace_seconds
-    for one in everyone:
+    for one in family:
         if not await_gone(one, max(0.0, deadline - time.monotonic())):
             end(one, (signal.SIGKILL, 5.0))
-    return list(left)
 
 
 def _identity(data: Mapping[str, Any]) -> ProcessIdentity:

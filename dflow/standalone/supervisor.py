@@ -211,8 +211,8 @@ class Supervisor:
         self._stop_group("parsing and scheduling", ("dag-processor", "scheduler"), self._local_grace(drain_seconds))
         self._stop_group("workers, which finish what they run", ("worker",), drain_seconds)
         self._stop_group("Flower", ("flower",), 5.0)
-        self._stop_group("servers", ("redis",), _SHORT_GRACE_SECONDS)
-        self._stop_group("servers", ("postgres",), 30.0)
+        self._stop_group("Redis", ("redis",), _SHORT_GRACE_SECONDS)
+        self._stop_group("Postgres", ("postgres",), 30.0)
         self._say("Stopped. The next start goes on where this one was.")
 
     def _local_grace(self, drain_seconds: float) -> float:
