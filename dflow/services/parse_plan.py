@@ -1,8 +1,9 @@
 """What of a bundle has to be parsed: pure, from what is in the folder and what is on record.
 
 A file is parsed when its own bytes changed, or when something changed that it read while it was imported: modules of
-the bundle, data files it opened, directories it listed. A file whose last parse failed is parsed again whenever anything
-in the bundle changed, because what it lacked may be what was added. Files that do not speak of DAGs are not parsed.
+the bundle, data files it opened, directories it listed. A file whose last parse failed is parsed again whenever
+anything in the bundle changed, because what it lacked may be what was added. Files that do not speak of DAGs are not
+parsed.
 
 The dependencies of a file are kept as ``{path: fingerprint}``: the sha256 of a file, the fingerprint of a listing for a
 directory ("conf/", "./" for the root), and "" for something that was not there.
@@ -41,7 +42,6 @@ def plan_parsing(
     manifest: Mapping[str, str],
     candidates: Collection[str],
     records: Mapping[str, FileRecord],
-    failed: Collection[str],
     retry: Collection[str],
 ) -> ParsePlan:
     """Compare the folder with the record.
@@ -49,8 +49,7 @@ def plan_parsing(
     :param manifest: path -> sha256 of every file of the bundle.
     :param candidates: those that may define DAGs.
     :param records: what was found by earlier passes, by path.
-    :param failed: files whose last parse failed.
-    :param retry: failed files whose time to be tried again has come, whether anything changed or not.
+    :param retry: files to parse whether anything about them changed or not.
     """
     fingerprints = Fingerprints(manifest)
     parse = {
@@ -58,7 +57,7 @@ def plan_parsing(
         for path in candidates
         if path not in records or path in retry or not _is_current(path, manifest, records[path], fingerprints)
     }
-    gone = (set(records) | set(failed)) - set(candidates)
+    gone = set(records) - set(candidates)
     return ParsePlan(parse=tuple(sorted(parse)), gone=tuple(sorted(gone)))
 
 

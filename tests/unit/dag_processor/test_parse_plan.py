@@ -12,12 +12,9 @@ def plan(
     *,
     candidates: tuple[str, ...] = ("a.py", "b.py"),
     records: dict[str, FileRecord] | None = None,
-    failed: tuple[str, ...] = (),
     retry: tuple[str, ...] = (),
 ) -> ParsePlan:
-    return plan_parsing(
-        manifest=manifest, candidates=candidates, records=records or {}, failed=failed, retry=retry
-    )
+    return plan_parsing(manifest=manifest, candidates=candidates, records=records or {}, retry=retry)
 
 
 def records(**imports: dict[str, str]) -> dict[str, FileRecord]:
@@ -60,16 +57,14 @@ def test_who_listed_a_directory_is_parsed_when_a_file_is_added_there() -> None:
 
 
 def test_failed_files_are_parsed_when_it_is_time() -> None:
-    assert plan(records=records(), failed=("a.py",)).parse == ()
-    assert plan(records=records(), failed=("a.py",), retry=("a.py",)).parse == ("a.py",)
+    assert plan(records=records(), retry=("a.py",)).parse == ("a.py",)
 
 
 def test_files_that_left_or_no_longer_speak_of_dags_are_gone() -> None:
     without = {path: sha for path, sha in MANIFEST.items() if path != "a.py"}
     assert plan(without, candidates=("b.py",), records=records()).gone == ("a.py",)
     assert plan(candidates=("b.py",), records=records()).gone == ("a.py",)
-    assert plan(candidates=("a.py", "b.py"), records=records(), failed=("old.py",)).gone == ("old.py",)
 
 
 def test_a_gone_file_is_not_tried_again() -> None:
-    assert plan(candidates=(), records=records(), failed=("a.py",), retry=("a.py",)).parse == ()
+    assert plan(candidates=(), records=records(), retry=("a.py",)).parse == ()
