@@ -25,6 +25,7 @@ from sqlalchemy import Connection, Row
 
 from dflow.core.states import TERMINAL, Reason, TaskState
 from dflow.store.prepared import Prepared
+from dflow.store.rows import storable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +131,8 @@ def to_applied(row: Row[Any]) -> Applied:
 
 def _row(change: Change) -> dict[str, Any]:
     row = {name: getattr(change, name) for name in _CHANGE_FIELDS}
+    if change.cause is not None:
+        row["cause"] = storable(change.cause)  # a message of user code may hold anything
     if change.not_before is not None:
         row["not_before"] = change.not_before.isoformat()
     return {name: value for name, value in row.items() if value is not None}

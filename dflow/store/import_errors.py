@@ -7,7 +7,7 @@ from datetime import datetime
 
 from sqlalchemy import Connection, text
 
-from dflow.store.rows import all_rows, without_nul
+from dflow.store.rows import all_rows, storable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +28,8 @@ def set_(tx: Connection, *, bundle_name: str, path: str, message: str, traceback
         {
             "bundle_name": bundle_name,
             "path": path,
-            "message": without_nul(message),
-            "traceback": without_nul(traceback),
+            "message": storable(message),
+            "traceback": storable(traceback),
         },
     )
 

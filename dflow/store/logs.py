@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, text
 
-from dflow.store.rows import without_nul
+from dflow.store.rows import storable
 
 
 class Line(NamedTuple):
@@ -73,12 +73,7 @@ def next_seqs(tx: Connection, attempt_ids: Sequence[str]) -> dict[str, int]:
 
 
 def _document(lines: Sequence[Line]) -> str:
-    """Return the lines as JSON that Postgres accepts: no NUL, no lone surrogates."""
-    return json.dumps([[at, level, _clean(source), _clean(line)] for at, level, source, line in lines])
-
-
-def _clean(value: str) -> str:
-    return without_nul(value).encode("utf-8", "replace").decode("utf-8")
+    return json.dumps([[at, level, storable(source), storable(line)] for at, level, source, line in lines])
 
 
 _APPEND = text("""

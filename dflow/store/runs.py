@@ -6,7 +6,6 @@ Locks follow the one order dag -> run -> task instance, by id.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -14,14 +13,14 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, text
 
-from dflow.core.errors import ConflictError, NotFoundError, SerializationError
+from dflow.core.errors import ConflictError, NotFoundError
 from dflow.core.ids import run_id_for
 from dflow.core.spec import TaskSpec
 from dflow.core.states import RUN_TERMINAL, Reason, RunState, RunType, TaskState
 from dflow.core.timetable import DueRun
 from dflow.store import dags
 from dflow.store.apply import Change, apply
-from dflow.store.rows import all_rows, columns, did_you_mean, first_row
+from dflow.store.rows import all_rows, columns, did_you_mean, first_row, json_document
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,8 +136,9 @@ def create(
 ) -> Run:
     """Create a run in `queued` with all its task instances in `none`, from the DAG's current version and code.
 
-    Raises NotFoundError (unknown DAG, nearest name) and ConflictError (DAG not active, run id or logical date taken).
-    A conflict leaves the transaction usable. Locks nothing; costs two statements.
+    Raises NotFoundError (unknown DAG, nearest name), ConflictError (DAG not active, run id or logical date taken) and
+    SerializationError (``conf`` is no JSON). A conflict leaves the transaction usable. Locks nothing; costs two
+    statements.
     """
     new = NewRun(
         run_type=run_type,
@@ -267,9 +267,15 @@ def get_by_id(tx: Connection, run_pk: int) -> Run | None:
 def list_(
     tx: Connection, dag_id: str | None = None, states: Sequence[RunState] | None = None, limit: int = 50
 ) -> list[Run]:
-    """Return the newest runs, of one DAG and in some states where given. Reads an index from its end."""
-    query = _LIST if dag_id is None else _LIST_OF_DAG
+    """Return the newest runs, of one DAG and in some states where given.
+
+    Reads an index from its end until there are enough; runs that are not over yet have indexes of their own.
+    """
     wanted = None if states is None else [RunState(state).value for state in states]
+    if dag_id is not None:
+        query = _LIST_OF_DAG
+    else:
+        query = _LIST if states is None or RUN_TERMINAL.intersection(states) else _LIST_UNFINISHED
     return all_rows(Run, tx.execute(query, {"dag_id": dag_id, "states": wanted, "limit": limit}))
 
 
@@ -374,19 +380,9 @@ def _run_arrays(new: Sequence[NewRun]) -> dict[str, list[Any]]:
         "interval_starts": [run.data_interval_start for run in new],
         "interval_ends": [run.data_interval_end for run in new],
         "run_afters": [run.run_after for run in new],
-        "confs": [_conf(run.conf) for run in new],
+        "confs": [json_document(dict(run.conf), "The conf of the run") for run in new],
         "triggered_bys": [run.triggered_by for run in new],
     }
-
-
-def _conf(conf: Mapping[str, Any]) -> str:
-    try:
-        document = json.dumps(dict(conf), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise SerializationError(f"The conf of a run must be JSON: {error}.") from error
-    if "\\u0000" in document:
-        raise SerializationError("The conf of a run holds a NUL character, which Postgres cannot store; remove it.")
-    return document
 
 
 def _task_arrays(tasks: Sequence[TaskSpec]) -> dict[str, list[Any]]:
@@ -525,6 +521,11 @@ _GET_BY_ID = text(f"SELECT {_COLUMNS} FROM dag_run r WHERE r.id = :run_pk")
 _LIST = text(f"""
     SELECT {_COLUMNS} FROM dag_run r
     WHERE (CAST(:states AS text[]) IS NULL OR r.state = ANY(CAST(:states AS text[])))
+    ORDER BY r.id DESC LIMIT :limit""")
+
+_LIST_UNFINISHED = text(f"""
+    SELECT {_COLUMNS} FROM dag_run r
+    WHERE (r.state = 'queued' OR r.state = 'running') AND r.state = ANY(CAST(:states AS text[]))
     ORDER BY r.id DESC LIMIT :limit""")
 
 _LIST_OF_DAG = text(f"""

@@ -5,14 +5,14 @@ A running attempt writes under its fence; the claim of a further attempt forgets
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, text
 
-from dflow.core.errors import SerializationError, StaleAttemptError
+from dflow.core.errors import StaleAttemptError
+from dflow.store.rows import json_document
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ def put_many(tx: Connection, xcoms: Sequence[NewXCom]) -> set[str]:
             "ti_ids": [one.ti_id for one in last],
             "attempt_ids": [one.attempt_id for one in last],
             "keys": [one.key for one in last],
-            "values": [_document(one.key, one.value) for one in last],
+            "values": [json_document(one.value, f"The value of XCom {one.key!r}") for one in last],
         },
     )
     return set(rows.scalars())
@@ -107,16 +107,6 @@ def _source_run(tx: Connection, run_pk: int, dag_id: str | None, run_id: str | N
 def keys(tx: Connection, run_pk: int, task_id: str, map_index: int = -1) -> list[str]:
     """Return the keys a task has values for."""
     return list(tx.execute(_KEYS, {"run_pk": run_pk, "task_id": task_id, "map_index": map_index}).scalars())
-
-
-def _document(key: str, value: Any) -> str:
-    try:
-        document = json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise SerializationError(f"The value of XCom {key!r} has no JSON form: {error}.") from error
-    if "\\u0000" in document:
-        raise SerializationError(f"The value of XCom {key!r} holds a NUL character, which Postgres cannot store.")
-    return document
 
 
 _PUT = text("""

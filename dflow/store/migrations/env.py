@@ -8,7 +8,8 @@ from __future__ import annotations
 from alembic import context
 
 if context.is_offline_mode():
-    context.configure(dialect_name="postgresql", literal_binds=True)
+    # Not the paramstyle of psycopg2, which would double every percent sign.
+    context.configure(dialect_name="postgresql", literal_binds=True, dialect_opts={"paramstyle": "named"})
     with context.begin_transaction():
         context.run_migrations()
 else:

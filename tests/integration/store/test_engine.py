@@ -6,13 +6,18 @@ import threading
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from dflow.core.errors import SettingsError, StoreUnavailableError
+from dflow.core.states import Reason, TaskState
+from dflow.store.apply import Change, apply
 from dflow.store.engine import Store
 
 pytestmark = pytest.mark.integration
+_NOTHING = Change(
+    ti_id=0, from_state=TaskState.NONE, to_state=TaskState.SCHEDULED, reason=Reason.READY, attempt_id=None, actor="test"
+)
 
 
 def one(tx, query, **values):
@@ -63,9 +68,13 @@ def test_async_commit_is_for_one_transaction_only(pg_url):
 
 
 def test_a_block_that_raises_leaves_nothing(store):
-    with pytest.raises(ZeroDivisionError), store.begin() as tx:
-        tx.execute(text("INSERT INTO pool (name, slots) VALUES ('p', 1)"))
-        raise ZeroDivisionError
+    def insert_and_fail():
+        with store.begin() as tx:
+            tx.execute(text("INSERT INTO pool (name, slots) VALUES ('p', 1)"))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        insert_and_fail()
     with store.begin() as tx:
         assert one(tx, "SELECT count(*) FROM pool WHERE name = 'p'") == 0
 
@@ -146,11 +155,39 @@ def test_run_replaces_a_connection_that_breaks_before_the_commit(pg_url):
     assert len(tries) == 2
 
 
-def test_begin_says_that_the_database_went_away(pg_url):
+def test_a_commit_that_broke_is_not_repeated(pg_url):
+    """Nobody knows whether it happened, so the work must not be done twice here."""
+    tries = []
     with Store(pg_url, pool_size=1) as store:
-        with pytest.raises(StoreUnavailableError), store.begin() as tx:
+        event.listen(store.engine, "commit", lambda _connection: kill_others(pg_url))
+        with pytest.raises(StoreUnavailableError):
+            store.run(lambda tx: tries.append(one(tx, "SELECT 1")))
+    assert tries == [1]
+
+
+def test_a_full_pool_says_which_setting(pg_url, monkeypatch):
+    with Store(pg_url, pool_size=1) as store, store.begin():
+        monkeypatch.setattr(store.engine.pool, "_timeout", 0.1)
+        with pytest.raises(StoreUnavailableError, match="sql_alchemy_pool_size"):
+            store.run(lambda tx: None)
+
+
+def test_unprepared_on_request(pg_url):
+    for suffix, expected in (("", 1), ("&prepared=off", 0)):
+        with Store(pg_url + suffix) as store, store.begin() as tx:
+            apply(tx, [_NOTHING])
+            assert one(tx, "SELECT count(*) FROM pg_prepared_statements") == expected
+
+
+def test_begin_says_that_the_database_went_away(pg_url):
+    def work(store):
+        with store.begin() as tx:
             kill_others(pg_url)
             one(tx, "SELECT 1")
+
+    with Store(pg_url, pool_size=1) as store:
+        with pytest.raises(StoreUnavailableError):
+            work(store)
         with store.begin() as tx:  # and the next transaction has a new connection
             assert one(tx, "SELECT 1") == 1
 
@@ -165,15 +202,20 @@ def test_begin_checks_a_connection_that_idled(pg_url, monkeypatch):
             assert one(tx, "SELECT 1") == 1
 
 
-@pytest.mark.parametrize("use", ["begin", "run"])
+def begin_only(store):
+    with store.begin():
+        pass
+
+
+def run_nothing(store):
+    store.run(lambda tx: None)
+
+
+@pytest.mark.parametrize("use", [begin_only, run_nothing])
 def test_no_server_is_one_clear_message(tmp_path, use):
     url = f"postgresql://ann:s3cret@/flow?host={tmp_path}"
     with Store(url, connect_timeout=1) as store, pytest.raises(StoreUnavailableError) as error:
-        if use == "run":
-            store.run(lambda tx: None)
-        else:
-            with store.begin():
-                pass
+        use(store)
     assert str(tmp_path) in str(error.value)
     assert "/flow" in str(error.value)
     assert "database.sql_alchemy_conn" in str(error.value)
@@ -182,8 +224,7 @@ def test_no_server_is_one_clear_message(tmp_path, use):
 
 def test_missing_database_says_so(pg_url):
     with Store(pg_url.replace("/t_", "/nowhere_")) as store, pytest.raises(StoreUnavailableError, match="Create it"):
-        with store.begin():
-            pass
+        begin_only(store)
 
 
 @pytest.mark.parametrize("url", ["", "nonsense", "mysql://a@b/c", "postgresql+asyncpg://a:s3cret@b/c"])

@@ -29,9 +29,7 @@ def with_tasks(dag, **fields):
 
 
 def add_dag(tx, dag=None, *, path="d.py", bundle_hash="h1", paused=False):
-    return dags.upsert(
-        tx, dag or spec(), bundle_name="dags", path=path, bundle_hash=bundle_hash, paused_default=paused
-    )
+    return dags.upsert(tx, dag or spec(), bundle_name="dags", path=path, bundle_hash=bundle_hash, paused_default=paused)
 
 
 def add_run(tx, dag_id="d", *, run_id=None, logical_date=None, run_after=None, conf=None, run_type=RunType.MANUAL):
