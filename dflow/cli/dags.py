@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +17,8 @@ from dflow.cli.watch import summary, watch
 from dflow.core.errors import NotFoundError
 
 if TYPE_CHECKING:
+    from dflow.core.spec import DagSpec
+    from dflow.core.timetable import DueRun
     from dflow.settings import Settings
     from dflow.store.engine import Store, Tx
     from dflow.store.runs import Run
@@ -124,8 +125,8 @@ def unpause(dag_ids: Annotated[list[str], typer.Argument(metavar="DAG...", help=
     _set_paused(dag_ids, paused=False)
 
 
-@app.command(epilog='Example: dflow dags test dags/etl.py --conf \'{"day": "2026-11-22"}\'')
-def test(
+@app.command("test", epilog='Example: dflow dags test dags/etl.py --conf \'{"day": "2026-11-22"}\'')
+def run_test(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The DAG file.")],
     dag_id: Annotated[str | None, typer.Option(help="Which DAG, when the file has several.")] = None,
     conf: Conf = None,
@@ -261,11 +262,10 @@ def _set_paused(dag_ids: list[str], *, paused: bool) -> None:
         note(f"{dag_id} is {state if dag_id in changed else f'{state} already'}.")
 
 
-def _upcoming(spec: Any, first: Any, number: int) -> list[dict[str, Any]]:
-    from dflow.core.timetable import next_run
-
+def _upcoming(spec: DagSpec, first: DueRun | None, number: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    due, now = first, datetime.fromtimestamp(time.time(), UTC)
+    now = datetime.now(UTC)
+    due = first or _first(spec, now)
     while due is not None and len(rows) < number:
         rows.append(
             {
@@ -277,12 +277,18 @@ def _upcoming(spec: Any, first: Any, number: int) -> list[dict[str, Any]]:
         )
         if spec.schedule.kind == "continuous":  # the next one is due when this one has ended
             break
-        due = next_run(
-            spec.schedule,
-            last=due,
-            start_date=spec.start_date,
-            end_date=spec.end_date,
-            catchup=spec.catchup,
-            now=max(now, due.run_after),
-        )
+        due = _after(spec, due, max(now, due.run_after))
     return rows
+
+
+def _first(spec: DagSpec, now: datetime) -> DueRun | None:
+    """What is due first when the row does not know (yet); a DAG of one run may have had it."""
+    return _after(spec, None, now) if spec.schedule.kind in {"cron", "delta"} else None
+
+
+def _after(spec: DagSpec, last: DueRun | None, now: datetime) -> DueRun | None:
+    from dflow.core.timetable import next_run
+
+    return next_run(
+        spec.schedule, last=last, start_date=spec.start_date, end_date=spec.end_date, catchup=spec.catchup, now=now
+    )

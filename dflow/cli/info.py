@@ -36,7 +36,10 @@ def info(output: OutputOption = Output.TABLE) -> None:
     for title, rows, columns in (("Services", services, _SERVICES), ("Workers", workers, _WORKERS)):
         write("\n")
         out().print(title, style="bold")
-        show_list(rows, output, columns=columns, empty="None is alive.")
+        if rows:
+            show_list(rows, output, columns=columns)
+        else:
+            write("None is alive.\n")
 
 
 def _general(settings: Settings) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
     from rich.text import Text
 
 Row = Mapping[str, Any]
@@ -166,7 +167,7 @@ def _table(records: Sequence[Row], columns: Sequence[str]) -> None:
         table.add_column(_title(name), justify="right" if is_number else "left", overflow="fold")
     for record in records:
         table.add_row(*(_cell(name, value) for name, value in record.items()))
-    out().print(table)
+    _print(table)
 
 
 def _record_table(record: Row) -> None:
@@ -177,7 +178,18 @@ def _record_table(record: Row) -> None:
     table.add_column(overflow="fold")
     for name, value in record.items():
         table.add_row(_title(name), _cell(name, value))
-    out().print(table)
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    """Print a table; off a terminal without the blanks that fill up its last column."""
+    console = out()
+    if console.is_terminal:
+        console.print(table)
+        return
+    with console.capture() as captured:
+        console.print(table)
+    write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
 
 def _cell(name: str, value: Any) -> Text:

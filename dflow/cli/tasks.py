@@ -28,8 +28,10 @@ _STATES = (
     "reason",
     "cause",
 )
-_ATTEMPTS = ("try_number", "state", "reason", "cause", "exit_code", "peak_rss_bytes", "hostname", "pid")
-_ATTEMPTS += ("queued_at", "started_at", "ended_at", "id")
+_ATTEMPTS = (
+    *("try_number", "state", "reason", "cause", "exit_code", "peak_rss_bytes", "hostname", "pid"),
+    *("queued_at", "started_at", "ended_at", "id"),
+)
 _EVENTS = ("at", "from_state", "to_state", "reason", "actor", "cause", "attempt_id")
 
 
