@@ -27,7 +27,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -63,7 +62,7 @@ class AgentConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentEnd:
-    """How an agent went. ``is_expected``: after `drain` or `stop`; otherwise the parent must end its children and go."""
+    """How an agent went. Not ``is_expected`` (by `drain` or `stop`): the parent must end its children and go."""
 
     exit_code: int
     cause: str
@@ -71,18 +70,25 @@ class AgentEnd:
 
 
 class AgentProcess:
-    """The handle of a running agent. All methods return at once (but `wait` and `stop`) and are safe from any thread and
-    from a signal handler: one thread owns the socket.
+    """The handle of a running agent.
+
+    All methods but `wait` and `stop` return at once and are safe from any thread and from a signal handler: one thread
+    owns the socket.
     """
 
     def __init__(
-        self, config: AgentConfig, process: subprocess.Popen[bytes], control: socket.socket,
+        self,
+        config: AgentConfig,
+        process: subprocess.Popen[bytes],
+        control: socket.socket,
         on_exit: Callable[[AgentEnd], None] | None,
-    ) -> None:  # fmt: skip
+        on_status: Callable[[Mapping[str, Any]], None] | None,
+    ) -> None:
         self._config = config
         self._process = process
         self._control = control
         self._on_exit = on_exit
+        self._on_status = on_status
         self._outgoing: deque[dict[str, Any]] = deque()
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_reader, False)
@@ -92,8 +98,6 @@ class AgentProcess:
         self._ready = threading.Event()
         self._gone = threading.Event()
         self._end: AgentEnd | None = None
-        self.status: Mapping[str, Any] = {}  # the last the agent said about itself
-        self.status_at = time.monotonic()
         os.register_at_fork(after_in_child=self._close_in_fork)
         threading.Thread(target=self._serve, name="dflow-agent", daemon=True).start()
 
@@ -108,12 +112,15 @@ class AgentProcess:
         concurrency: int,
         health_url: str | None = None,
         on_exit: Callable[[AgentEnd], None] | None = None,
+        on_status: Callable[[Mapping[str, Any]], None] | None = None,
         should_give_up: Callable[[], bool] = lambda: False,
     ) -> Self:
         """Start an agent and return when it holds a lease.
 
-        While Postgres is away this waits, saying so in the log, until ``should_give_up`` (asked twice a second). ``on_exit``
-        is called once, from a thread, when a started agent has gone. Raises AgentStartError.
+        While Postgres is away this waits, saying so in the log, until ``should_give_up`` (asked twice a second).
+        ``on_exit`` is called once, from a thread, when a started agent has gone; ``on_status``, from the same thread,
+        with what the agent says about itself after each renewal: ``database`` (can it be reached), ``draining``,
+        ``running``, ``claimed``. Raises AgentStartError.
         """
         _remove_stale_directories()
         directory = _socket_directory()
@@ -125,17 +132,18 @@ class AgentProcess:
         with theirs:
             process = subprocess.Popen(
                 [sys.executable, "-m", "dflow.runtime.agent"],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 env={**os.environ, **settings.as_env()},
                 start_new_session=True,  # a Ctrl-C in the terminal is for the parent, which drains
             )
-        agent = cls(config, process, ours, on_exit)
+        agent = cls(config, process, ours, on_exit, on_status)
         agent._send({"op": "config", "config": asdict(config)})
         while not agent._ready.wait(0.5):
             if agent._gone.is_set() or should_give_up():
                 agent._on_exit = None
                 agent.stop(timeout_seconds=2.0)
-                raise AgentStartError(f"the agent of worker {name} did not start: {agent._cause or 'see its log above'}")
+                cause = agent._cause or "see its log above"
+                raise AgentStartError(f"the agent of worker {name} did not start: {cause}")
         return agent
 
     @property
@@ -222,7 +230,8 @@ class AgentProcess:
                 case "ready":
                     self._ready.set()
                 case "status":
-                    self.status, self.status_at = message, time.monotonic()
+                    if self._on_status is not None:
+                        self._on_status(message)
                 case "exit":
                     self._cause = message["cause"]
                     self._is_expected = self._is_expected and message["code"] == EXIT_STOPPED

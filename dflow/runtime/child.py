@@ -26,9 +26,10 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from dflow.core.errors import AgentRequestError, AgentStartError, DagImportError, DflowError
 from dflow.core.retry import after_user_failure
@@ -37,14 +38,15 @@ from dflow.runtime.client import AgentClient, exit_agent_gone
 from dflow.runtime.interrupts import forget, interrupt
 from dflow.runtime.loader import LoadedFile, load_dags
 from dflow.runtime.logs import LogCapture
-from dflow.runtime.protocol import Outcome, Work
+from dflow.runtime.protocol import ATTEMPT_VARIABLE, SOCKET_VARIABLE, Outcome, Work
 from dflow.runtime.runner import TaskCancelled, run_attempt
 from dflow.settings import Settings
 
+if TYPE_CHECKING:
+    from dflow.authoring.dag import DAG
+
 log = logging.getLogger(__name__)
 
-SOCKET_VARIABLE: Final = "DFLOW_AGENT_SOCKET"  # the agent's Unix socket, in the environment of task processes
-ATTEMPT_VARIABLE: Final = "DFLOW_ATTEMPT_ID"  # the running attempt; processes a task starts inherit it
 CANCEL_SIGNAL: Final = signal.SIGUSR1
 _LOADED_FILES: Final = 32  # DAG files kept warm in one process
 
@@ -118,14 +120,25 @@ class ChildLoop:
             loaded = self._load(work, folder or self._client.bundle_path(work.bundle_hash))
             dag = loaded.dags.get(work.dag_id)
             if dag is None:
-                raise DagImportError(f"the file {work.path} of bundle {work.bundle_hash[:12]} has no DAG {work.dag_id!r}")
-            task = dag.to_spec_task(work.task_id)
+                raise DagImportError(f"{work.path} of bundle {work.bundle_hash[:12]} has no DAG {work.dag_id!r}")
         except TaskCancelled:
             raise
         except BaseException as error:  # noqa: BLE001 user code at import may raise anything, SystemExit included
             return self._load_failed(work, error)
-        self._client.started(task)
+        self._tell_limits(dag, work)
         return run_attempt(work, dag, self._client, settings=self._settings)
+
+    def _tell_limits(self, dag: DAG, work: Work) -> None:
+        task = dag.task_dict.get(work.task_id)
+        if task is None:
+            return  # run_attempt says so
+        core = self._settings.core
+        self._client.started(
+            timeout_seconds=_seconds(task.execution_timeout, core.default_task_execution_timeout),
+            retry_delay_seconds=_seconds(task.retry_delay, None) or core.default_task_retry_delay,
+            backoff_multiplier=task.retry_exponential_backoff,
+            max_retry_delay_seconds=_seconds(task.max_retry_delay, None),
+        )
 
     def _load(self, work: Work, folder: str) -> LoadedFile:
         key = (work.bundle_hash, work.path)
@@ -207,6 +220,10 @@ def _time_limit(seconds: float, what: str) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def _seconds(value: timedelta | None, default: float | None) -> float | None:
+    return default if value is None else value.total_seconds()
 
 
 def _own_session() -> None:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 from dflow.core.errors import AgentRequestError, StaleAttemptError
-from dflow.core.spec import TaskSpec
 from dflow.runtime.interrupts import shielded
 from dflow.runtime.protocol import LogLine, Outcome, Work, encode_frame, read_frame, work_from_json
 
@@ -72,16 +71,22 @@ class AgentClient:
         path: str = self._request({"op": "bundle", "hash": bundle_hash})["path"]
         return path
 
-    def started(self, task: TaskSpec) -> None:
-        """Tell the agent what it needs if it has to end the attempt itself: time limit and retry settings."""
+    def started(
+        self,
+        *,
+        timeout_seconds: float | None,
+        retry_delay_seconds: float,
+        backoff_multiplier: float,
+        max_retry_delay_seconds: float | None,
+    ) -> None:
+        """Tell the agent what it needs if it has to end the attempt itself; see `TaskSpec` for the meaning."""
         self._send(
             {
                 "op": "started",
-                "timeout": task.execution_timeout_seconds,
-                "retries": task.retries,
-                "retry_delay": task.retry_delay_seconds,
-                "backoff_multiplier": task.retry_exponential_backoff,
-                "max_retry_delay": task.max_retry_delay_seconds,
+                "timeout": timeout_seconds,
+                "retry_delay": retry_delay_seconds,
+                "backoff_multiplier": backoff_multiplier,
+                "max_retry_delay": max_retry_delay_seconds,
             }
         )
 

@@ -28,7 +28,7 @@ def interrupt(error: BaseException) -> None:
 
 @contextmanager
 def shielded() -> Iterator[None]:
-    """Put off interrupts until the block has ended. Only the main thread can be interrupted; elsewhere it is nothing."""
+    """Put off interrupts until the block has ended. Only the main thread is ever interrupted; elsewhere: nothing."""
     global _depth, _pending
     if threading.current_thread() is not threading.main_thread():
         yield

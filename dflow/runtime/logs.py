@@ -7,8 +7,8 @@ descriptors 1 and 2, by ``print`` or by a subprocess (both descriptors are pipes
   the pipes itself, so it needs no marker in the stream and no waiting.
 - Lines wait at most the flush interval (or until 64 KB are there). When the agent cannot take more, the task waits.
 - Between attempts everything goes to the worker's own log.
-- Text is storable: no NUL, no lone surrogate, lines of at most 16 KB, at most ``max_bytes`` for one attempt, after which
-  one line says that the rest was cut.
+- Text is storable: no NUL, no lone surrogate, lines of at most 16 KB, at most ``max_bytes`` for one attempt, after
+  which one line says that the rest was cut.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ from typing import Any, Final, Protocol
 
 from dflow.core.states import Reason
 
+SOCKET_VARIABLE: Final = "DFLOW_AGENT_SOCKET"  # the agent's Unix socket, in the environment of task processes
+ATTEMPT_VARIABLE: Final = "DFLOW_ATTEMPT_ID"  # the running attempt; processes a task starts inherit it
 MAX_FRAME_BYTES: Final = 64 * 1024 * 1024
 _LENGTH = struct.Struct(">I")
 
@@ -55,8 +57,9 @@ class Work:
 class Outcome:
     """How an attempt ended, as its own process saw it.
 
-    ``reason`` is one of SUCCEEDED, SKIP_RAISED, RAISED, FAIL_RAISED, TIMEOUT, LOAD_FAILED, CANCELLED, EXITED. For RAISED
-    and TIMEOUT ``retry_delay_seconds`` is the delay before the next try; ``None`` there means the task has no try left.
+    ``reason`` is one of SUCCEEDED, SKIP_RAISED, RAISED, FAIL_RAISED, TIMEOUT, LOAD_FAILED, CANCELLED, EXITED. For
+    RAISED, TIMEOUT, LOAD_FAILED and EXITED ``retry_delay_seconds`` is the delay before the next try; ``None`` there
+    means the task has no try left.
     """
 
     reason: Reason
@@ -81,7 +84,7 @@ class AttemptClient(Protocol):
     """What a running attempt may ask of the world."""
 
     def push_xcom(self, key: str, value: Any) -> None:
-        """Store a JSON value now, fenced by the attempt; raises StaleAttemptError when the attempt is no longer ours."""
+        """Store a JSON value now, fenced by the attempt; raises StaleAttemptError when it is no longer ours."""
 
     def pull_xcoms(
         self,
