@@ -18,7 +18,7 @@ from typing import Final
 
 from dflow import __version__
 from dflow.core.errors import DflowError, ServerStartError
-from dflow.embedded import locations
+from dflow.embedded import locations, postgres, redis
 from dflow.embedded.process import ProcessIdentity, tail
 from dflow.settings import Settings, redact_url
 from dflow.standalone import attach, components, display, ports, record
@@ -50,13 +50,17 @@ def plan(settings: Settings, *, workers: int, flower: bool) -> Plan:
     """Decide what to start from the settings, to which options of the command line have already been added.
 
     :raises ConflictError: Flower's port was asked for and is taken.
+    :raises ServerBinaryError: a server has to be embedded and there is no program for it.
     """
     is_celery = settings.core.executor == "CeleryExecutor"
     needs_postgres = not settings.database.sql_alchemy_conn
     needs_redis = is_celery and not settings.celery.broker_url
     place = locations(settings.home)
     filled: dict[str, str] = {}
+    if needs_redis:
+        redis.find_binary()
     if needs_postgres:
+        postgres.choose_installation(place.postgres_data)
         filled[attach.DATABASE] = place.database_url
     if needs_redis:
         filled[attach.BROKER] = place.broker_url
@@ -95,6 +99,7 @@ class Supervisor:
         self._run_dir = self._settings.home / "run"
         self._components: list[Component] = []
         self._stop = _StopRequests()
+        self._is_up = False
 
     def run(self) -> None:
         """Start, watch, stop; returns after SIGINT, SIGTERM or SIGHUP and a clean stop.
@@ -129,6 +134,7 @@ class Supervisor:
         env = {**os.environ, **self._settings.as_env()}
         for program in components.programs(self._settings, env, workers=self._plan.workers, flower=self._plan.flower):
             self._start_one(program)
+        self._is_up = True
         if not self._stop.is_requested:
             self._say_where()
 
@@ -213,7 +219,8 @@ class Supervisor:
         self._stop_group("Flower", ("flower",), 5.0)
         self._stop_group("Redis", ("redis",), _SHORT_GRACE_SECONDS)
         self._stop_group("Postgres", ("postgres",), 30.0)
-        self._say("Stopped. The next start goes on where this one was.")
+        if self._is_up:
+            self._say("Stopped. The next start goes on where this one was.")
 
     def _local_grace(self, drain_seconds: float) -> float:
         """A local executor's tasks run below the scheduler and are finished with it."""
