@@ -11,22 +11,25 @@ import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 from urllib.parse import urlsplit
 
 from dflow.authoring import blocks, checks
 from dflow.authoring.defaults import Defaults
 from dflow.authoring.exceptions import ParamValidationError
 from dflow.authoring.param import DagParam, ParamsDict
-from dflow.authoring.refusal import not_supported, refusal, unknown_arguments, user_location
+from dflow.authoring.refusal import did_you_mean, not_supported, refusal, unknown_arguments, user_location
 from dflow.authoring.rules import TriggerRule
 from dflow.authoring.schedule import schedule_spec
 from dflow.authoring.task_group import TaskGroup, unique_id
-from dflow.core.errors import DagCycleError, DuplicateTaskIdError
+from dflow.core.errors import DagCycleError, DuplicateTaskIdError, NotFoundError
 from dflow.core.spec import ScheduleSpec
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from dflow.authoring.operator import BaseOperator
+    from dflow.core.spec import DagSpec, TaskSpec
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,14 @@ _REFUSED: Final = {
     "rerun_with_latest_version": "re-running on the latest code by default",
     "disable_bundle_versioning": "running without pinned code",
 }
+
+
+class Code(Protocol):
+    """Where a DAG was loaded from; `dflow.runtime.loader.LoadedFile` is one."""
+
+    def active(self) -> AbstractContextManager[None]:
+        """Make the modules of the DAG's bundle importable inside the block."""
+        ...
 
 
 class DAG:
@@ -120,6 +131,7 @@ class DAG:
         self.dag_id = checks.identifier(dag_id, "dag_id")
         self.location = user_location()
         self.fileloc = self.location.file if self.location else ""
+        self.code: Code | None = None  # set by the loader
         self.default_args: dict[str, Any] = _default_args(default_args)
         self.description = checks.text(description, f"description of {dag_id!r}")
         self.dag_display_name = checks.text(dag_display_name, f"dag_display_name of {dag_id!r}")
@@ -328,7 +340,6 @@ class DAG:
     def warn_of_unused_defaults(self) -> None:
         """Log a warning for keys of default_args that no operator of the DAG takes; Airflow ignores them silently."""
         from dflow.authoring.operator import argument_names
-        from dflow.authoring.refusal import did_you_mean
 
         known: set[str] = set()
         for operator_class in {type(task) for task in self.task_dict.values()}:
@@ -340,6 +351,20 @@ class DAG:
             )  # fmt: skip
 
     # ---- use ----
+
+    def to_spec(self, defaults: Defaults | None = None) -> DagSpec:
+        """Check the DAG as a whole and return it as plain data; see `dflow.authoring.spec_builder.to_spec`."""
+        from dflow.authoring.spec_builder import to_spec
+
+        return to_spec(self, defaults)
+
+    def to_spec_task(self, task_id: str, defaults: Defaults | None = None) -> TaskSpec:
+        """Return one task as plain data, without its effective priority; NotFoundError if there is none of that id."""
+        from dflow.authoring.spec_builder import task_spec
+
+        if task_id not in self.task_dict:
+            raise NotFoundError(f"DAG {self.dag_id!r} has no task {task_id!r}{did_you_mean(task_id, self.task_dict)}")
+        return task_spec(self.task_dict[task_id], defaults or Defaults())
 
     def test(
         self,

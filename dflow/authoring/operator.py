@@ -396,7 +396,7 @@ class BaseOperator(Node, metaclass=OperatorMeta):
     @property
     def log(self) -> logging.Logger:
         """The logger of the task; what it writes goes to the log of the attempt."""
-        return logging.getLogger(self._logger_name or f"{type(self).__module__}.{type(self).__qualname__}")
+        return logging.getLogger(self._logger_name or "dflow.task")
 
     def execute(self, context: Context) -> Any:
         """Do the work and return the result. Operators override this."""

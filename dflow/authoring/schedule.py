@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from datetime import timedelta, tzinfo
-from typing import Any
+from typing import Any, Final
 
 from dflow.authoring import checks
 from dflow.authoring.refusal import did_you_mean, not_supported, refusal
 from dflow.core import timetable
 from dflow.core.errors import DagDefinitionError
 from dflow.core.spec import ScheduleSpec
+
+_WITHOUT_CRON: Final = {"@once": "once", "@continuous": "continuous"}
 
 
 class CronTriggerTimetable:
@@ -58,12 +60,19 @@ def schedule_spec(schedule: Any, zone: str) -> ScheduleSpec:
 def _cron(expression: Any, zone: str) -> ScheduleSpec:
     if not isinstance(expression, str):
         raise refusal(f"a cron expression must be a string, not {type(expression).__name__}")
-    if expression.strip() == "None":
+    text = expression.strip()
+    if text == "None":
         raise refusal("schedule 'None' is a string; write schedule=None")
+    if text in _WITHOUT_CRON:
+        return ScheduleSpec(kind=_WITHOUT_CRON[text], timezone=zone, summary=text)
+    if text.startswith("@") and text not in timetable.PRESETS:
+        near, presets = did_you_mean(text, timetable.PRESETS), ", ".join(timetable.PRESETS)
+        raise refusal(f"schedule {text!r} does not exist{near}; use a cron expression or one of {presets}")
     try:
-        return timetable.schedule_from_text(expression, zone)
+        normalised = timetable.validate_cron(text)
     except DagDefinitionError as error:  # core does not know the user's line
         raise refusal(error.message) from None
+    return ScheduleSpec(kind="cron", expression=normalised, timezone=zone, summary=text)
 
 
 def _delta(delta: Any, zone: str) -> ScheduleSpec:

@@ -14,7 +14,7 @@ from dflow.authoring.refusal import refusal
 if TYPE_CHECKING:
     from dflow.authoring.context import Context
 
-_SHOWN: Final = 2000  # characters of the result that the log shows
+_SHOWN: Final = 500  # characters of the result that the log shows
 
 
 class PythonOperator(BaseOperator):
