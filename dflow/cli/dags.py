@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -130,11 +131,12 @@ def run_test(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The DAG file.")],
     dag_id: Annotated[str | None, typer.Option(help="Which DAG, when the file has several.")] = None,
     conf: Conf = None,
+    output: OutputOption = Output.TABLE,
 ) -> None:
-    """Run a DAG of a file in this process, with no service at all, and end with 0 when it succeeds."""
+    """Run a DAG of a file in this process, with no service at all. The exit code is 0 when it succeeds, else 1."""
     from dflow.cli.dag_test import run_file
 
-    raise typer.Exit(run_file(file, dag_id, parse_conf(conf)))
+    raise typer.Exit(run_file(file, dag_id, parse_conf(conf), output))
 
 
 @app.command("list-import-errors")
@@ -195,13 +197,22 @@ def code(dag_id: DagId) -> None:
 
 @app.command()
 def reserialize() -> None:
-    """Read all changed DAG files once, now, in this process instead of the dag-processor's."""
+    """Read all changed DAG files once, now, without the dag-processor. The exit code is 1 when one cannot be read."""
     from dflow.services.dag_processor import DagProcessor
 
     settings = load_settings()
-    with open_store(settings) as store:
-        counts = DagProcessor(store, settings).run_once()
-    note(", ".join(f"{name}: {count}" for name, count in counts.items()) or "Nothing has changed.")
+    total: Counter[str] = Counter()
+    with open_store(settings, pool_size=2) as store:
+        processor = DagProcessor(store, settings)
+        while True:
+            counts = Counter(processor.run_once())
+            is_done = not counts.pop("pending", 0)
+            total += counts
+            if is_done:
+                break
+    note(", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in total.items()) or "Nothing has changed.")
+    if total["failed"]:
+        raise typer.Exit(1)
 
 
 def _trigger(

@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from dflow.cli import components, config, dags, db, info, output, pools, runs, session, tasks, version
-from dflow.core.errors import DflowError, SettingsError
+from dflow.core.errors import DagImportError, DflowError, SettingsError
 
 _RUN, _WORK, _SETUP = "Run dflow", "Work with DAGs", "Set up and look after"
 _DEFECT_EXIT_CODE: Final = 70  # EX_SOFTWARE
@@ -134,6 +134,8 @@ def _report(error: DflowError) -> int:
         import traceback
 
         traceback.print_exc()
+    if isinstance(error, DagImportError) and error.traceback:
+        output.err().print(error.traceback.rstrip(), markup=False, soft_wrap=True)  # of the user's file, not ours
     if isinstance(error, SettingsError) and len(error.problems) > 1:
         lines = "\n".join(f"  - {problem}" for problem in error.problems)
         output.fail(f"{len(error.problems)} problems with the settings:\n{lines}")

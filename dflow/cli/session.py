@@ -54,13 +54,13 @@ def require_running(settings: Settings) -> None:
 
 
 @contextmanager
-def open_store(settings: Settings | None = None) -> Iterator[Store]:
+def open_store(settings: Settings | None = None, *, pool_size: int = 1) -> Iterator[Store]:
     """Give the store for the length of one command. Raises StoreUnavailableError when no database can be meant."""
     from dflow.store.engine import Store
 
     settings = settings or load_settings()
     require_running(settings)
-    store = Store.from_settings(settings, "cli", pool_size=1)
+    store = Store.from_settings(settings, "cli", pool_size=pool_size)
     try:
         yield store
     except Exception as error:
