@@ -18,7 +18,7 @@ from dflow.core.graph import Graph
 from dflow.core.planner import Decision, Plan
 from dflow.core.states import RunState, TaskState
 from dflow.services.run_cache import CachedRun, GraphCache, RunCache
-from dflow.store import dags, runs, scheduling
+from dflow.store import dags, runs
 from dflow.store.apply import Change, apply
 from dflow.store.engine import Tx
 from dflow.store.runs import Run
@@ -57,16 +57,12 @@ class Accounting:
         """The transaction has committed: the copies it changed equal the rows."""
         self._uncommitted.clear()
 
-    def account(self, tx: Tx, *, started: Sequence[Run], limit: int, now: datetime) -> Accounted:
-        """Plan the runs that have just been started and up to ``limit`` runs with ends in their inbox.
-
-        Locks those runs (passing over those another scheduler has) before anything of theirs is read.
-        """
-        with_ends = scheduling.take_ends(tx, limit)
-        known = {run.id for run in with_ends}
-        fresh = [_without_ends(run) for run in started if run.id not in known]
+    def account(self, tx: Tx, with_ends: Sequence[RunToPlan], started: Sequence[Run], now: datetime) -> Accounted:
+        """Plan the runs whose ends were taken and those that have just been started; all of them are locked."""
+        known = {run.id for run in started}
+        fresh = [_without_ends(run) for run in started]
         result = Accounted(ends=sum(len(run.ends) for run in with_ends))
-        to_plan = [run for run in (*fresh, *with_ends) if self._is_running(run)]
+        to_plan = [*fresh, *(run for run in with_ends if run.id not in known and self._is_running(run))]
         for _ in range(_MAX_ROUNDS):
             to_plan = self._plan_and_apply(tx, to_plan, result, now)
             if not to_plan:

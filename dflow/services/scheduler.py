@@ -38,16 +38,17 @@ from dflow.services.publishing import Publishing
 from dflow.services.throughput import Throughput
 from dflow.services.timers import Timers
 from dflow.settings import Settings
-from dflow.store import runs
+from dflow.store import runs, scheduling
 from dflow.store.admission import admit
 from dflow.store.engine import Store, Tx
+from dflow.store.scheduling import take_ends
 
 log = logging.getLogger(__name__)
 
 _RUNS_PER_PASS: Final = 100
 _STARTS_PER_PASS: Final = 20
-_MANY_ENDS: Final = 16
-_BREATH_SECONDS: Final = 0.004  # after many ends: the next batch is larger, and batches are what is cheap
+_SEVERAL_ENDS: Final = 4
+_BREATH_SECONDS: Final = 0.004  # after several ends: the next batch is larger, and batches are what is cheap
 
 
 @dataclass(slots=True)
@@ -79,7 +80,7 @@ class Scheduler:
         self._throughput = Throughput()
         self._publishing = Publishing(executor, republish_after_seconds=settings.scheduler.republish_after)
         self._poll_due_at = 0.0
-        self._may_start_runs = True
+        self._has_room_for_runs = False
 
     def run_once(self) -> Counts:
         """One pass. Raises what the store raises; then nothing has changed."""
@@ -87,7 +88,7 @@ class Scheduler:
         self._accounting.committed()
         self._publishing.committed()
         self._throughput.ended(work.accounted.ends_by_queue, time.monotonic())
-        self._may_start_runs = work.accounted.ended_runs > 0
+        self._has_room_for_runs = work.accounted.ended_runs > 0
         self._publishing.publish(work.nudges, again=work.lost)
         return {
             "ends": work.accounted.ends,
@@ -101,14 +102,11 @@ class Scheduler:
 
     def wait(self, counts: Counts) -> None:
         """Return when the next pass is due."""
-        if counts["ends"] > _MANY_ENDS:
+        if counts["ends"] >= _SEVERAL_ENDS:
             time.sleep(_BREATH_SECONDS)
-        if counts["ends"] and self._may_start_runs:
-            return  # a run has ended, another may start
-        now = time.monotonic()
-        is_rung = self._doorbell.wait(max(0.0, min(self._poll_due_at - now, self._timers.seconds_left())))
-        # A ring with nothing in the inbox is how a new run, a new worker or an unpaused DAG shows.
-        self._may_start_runs = self._may_start_runs or is_rung
+        if not self._has_room_for_runs:  # after the end of a run, look at once whether another may start
+            left = min(self._poll_due_at - time.monotonic(), self._timers.seconds_left())
+            self._doorbell.wait(max(0.0, left))
 
     def close(self) -> None:
         """Write down what was published last, so that nobody publishes it again."""
@@ -118,13 +116,17 @@ class Scheduler:
         self._accounting.begin()
         is_poll = time.monotonic() >= self._poll_due_at
         retried = self._timers.fire(tx)
-        started = runs.start_queued(tx, _STARTS_PER_PASS) if is_poll or self._may_start_runs else []
-        accounted = self._accounting.account(tx, started=started, limit=_RUNS_PER_PASS, now=datetime.now(UTC))
+        with_ends = take_ends(tx, _RUNS_PER_PASS)
+        # A ring with nothing in the inbox is how a new run or an unpaused DAG shows; a run that ended makes room.
+        may_start = is_poll or self._has_room_for_runs or not with_ends
+        started = runs.start_queued(tx, _STARTS_PER_PASS) if may_start else []
+        accounted = self._accounting.account(tx, with_ends, started, datetime.now(UTC))
         self._publishing.write_down(tx)
         lost = self._publishing.lost(tx, self._limit) if is_poll else []
         if is_poll:
             self._poll_due_at = time.monotonic() + self._poll_interval
-        return _Work(accounted, retried, len(started), self._admit(tx), lost)
+        has_scheduled = bool(accounted.scheduled or retried) or scheduling.has_scheduled(tx)
+        return _Work(accounted, retried, len(started), self._admit(tx) if has_scheduled else [], lost)
 
     def _admit(self, tx: Tx) -> list[Nudge]:
         lookahead = self._throughput.lookahead(self._lookahead_seconds, time.monotonic())

@@ -61,6 +61,11 @@ def take_ends(tx: Connection, limit: int, affinity: Affinity | None = None) -> l
     ]
 
 
+def has_scheduled(tx: Connection) -> bool:
+    """Return whether any task instance waits for admission. One probe of a partial index."""
+    return bool(tx.execute(_HAS_SCHEDULED).scalar_one())
+
+
 def lock_due_dags(tx: Connection, limit: int, *, leave_out: Sequence[str] = ()) -> list[tuple[Dag, int]]:
     """Lock (SKIP LOCKED) active, unpaused DAGs with a due run and room for it; return each with its room.
 
@@ -89,7 +94,7 @@ _TAKE_ENDS = Prepared(
     """
     WITH wanted AS MATERIALIZED (
         SELECT u.run_pk FROM unaccounted u GROUP BY u.run_pk
-        HAVING u.run_pk % :count = :index OR min(u.at) < clock_timestamp() - make_interval(secs => :grace_seconds)
+        HAVING mod(u.run_pk, :count) = :index OR min(u.at) < clock_timestamp() - make_interval(secs => :grace_seconds)
     ), locked AS MATERIALIZED (
         SELECT r.id FROM dag_run r WHERE r.id IN (SELECT run_pk FROM wanted)
         ORDER BY r.id LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED
@@ -106,6 +111,8 @@ _TAKE_ENDS = Prepared(
     GROUP BY b.id, b.state, b.dag_version_id, b.version ORDER BY b.id""",
     {"limit": "bigint", "index": "bigint", "count": "bigint", "grace_seconds": "double precision"},
 )
+
+_HAS_SCHEDULED = text("SELECT EXISTS (SELECT 1 FROM task_instance WHERE state = 'scheduled')")
 
 _DAG_COLUMNS = columns(" ".join(Dag.__dataclass_fields__), "d")
 
