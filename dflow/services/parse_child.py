@@ -30,7 +30,7 @@ from typing import Any, Final, NoReturn
 from dflow.authoring.defaults import Defaults
 from dflow.authoring.spec_builder import to_spec
 from dflow.core import serialization
-from dflow.core.errors import DagDefinitionError, DagImportError
+from dflow.core.errors import DagImportError, DflowError
 from dflow.runtime import loader
 
 LENGTH: Final = struct.Struct(">I")
@@ -162,7 +162,7 @@ class _Touched:
             return
         if f"{absolute}/" == self._root:
             into.add("")
-        elif absolute.startswith(self._root):
+        elif absolute.startswith(self._root) and "/__pycache__/" not in absolute:
             into.add(absolute[len(self._root) :])
 
 
@@ -173,66 +173,32 @@ def _is_called_by_import_system() -> bool:
 
 def _describe(error: BaseException, root: Path, path: str, memory_limit_mb: int) -> dict[str, str]:
     """Return message and traceback of what went wrong, with paths as they are in the bundle."""
-
-    def relative(text: str) -> str:
-        return text.replace(f"{root}/", "")
-
-    if isinstance(error, DagImportError):
-        return {
-            "message": relative(str(error))[:MAX_MESSAGE_CHARS],
-            "traceback": relative(error.traceback)[-MAX_TRACEBACK_CHARS:],
-        }
-    message = _message(error, memory_limit_mb)
-    where = _where(error, str(root))
-    if where and not (isinstance(error, DagDefinitionError) and error.file):
-        message = f"{where}: {message}"
-    elif not where:
-        message = f"{path}: {message}"
+    trace = error.traceback if isinstance(error, DagImportError) else _user_traceback(error, f"{root}/")
+    message = str(error)
+    if isinstance(error, MemoryError):
+        message = f"MemoryError: the import needs more than {memory_limit_mb} MiB (dag_processor.memory_limit_mb)"
+    elif not isinstance(error, DflowError | ImportTimeout):
+        message = "".join(traceback.format_exception_only(error)).strip()
+    if not message.startswith(f"{root}/"):
+        message = f"{_where(error, f'{root}/') or root / path}: {message}"
     return {
-        "message": relative(message)[:MAX_MESSAGE_CHARS],
-        "traceback": relative(_user_traceback(error, str(root)))[-MAX_TRACEBACK_CHARS:],
+        "message": message.replace(f"{root}/", "")[:MAX_MESSAGE_CHARS],
+        "traceback": trace.replace(f"{root}/", "")[-MAX_TRACEBACK_CHARS:],
     }
 
 
-def _message(error: BaseException, memory_limit_mb: int) -> str:
-    match error:
-        case SyntaxError():
-            return f"{type(error).__name__}: {error.msg}"
-        case SystemExit():
-            return f"the file called sys.exit({error.code!r}) while it was imported; only tasks may end a process"
-        case MemoryError():
-            return f"MemoryError: the import needs more than {memory_limit_mb} MiB (dag_processor.memory_limit_mb)"
-        case ImportTimeout() | DagDefinitionError():
-            return str(error)
-        case ModuleNotFoundError():
-            return (
-                f"ModuleNotFoundError: {error}. Put the module into the DAG folder, "
-                "or install its package where the dag-processor and the workers run"
-            )
-        case _:
-            return "".join(traceback.format_exception_only(error)).strip()
-
-
-def _where(error: BaseException, root: str) -> str | None:
+def _where(error: BaseException, prefix: str) -> str | None:
     """Return "file:line" of the innermost place in user code."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{error.filename}:{error.lineno}"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(f"{root}/")]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(prefix)]
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
 
 
-def _user_traceback(error: BaseException, root: str) -> str:
-    """Format the traceback without the frames of dflow and the import system; causes are kept."""
+def _user_traceback(error: BaseException, prefix: str) -> str:
+    """Format the traceback of what the loader lets through, with the frames of user code only."""
     formatted = traceback.TracebackException.from_exception(error, compact=True)
-    node: traceback.TracebackException | None = formatted
-    seen: set[int] = set()
-    while node is not None and id(node) not in seen:
-        seen.add(id(node))
-        node.stack = traceback.StackSummary.from_list(
-            [frame for frame in node.stack if frame.filename.startswith(f"{root}/")]
-        )
-        node = node.__cause__ or node.__context__
-    return "".join(formatted.format())
+    frames = [frame for frame in formatted.stack if frame.filename.startswith(prefix)]
+    formatted.stack = traceback.StackSummary.from_list(frames)
+    return "".join(formatted.format(chain=False))
 
 
 def _write(fd: int, answer: Mapping[str, Any]) -> None:
