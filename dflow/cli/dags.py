@@ -101,17 +101,19 @@ def trigger(
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Make a run of a DAG. With --wait the exit code is 0 for success, 1 for failure, 124 when it is not in time."""
+    if timeout is not None and not wait:
+        raise typer.BadParameter("only together with --wait", param_hint="--timeout")
     settings = load_settings()
     values = parse_conf(conf)
     date = _logical_date(logical_date, settings.core.default_timezone)
     with open_store(settings) as store:
         run = _trigger(settings, store, dag_id, run_id=run_id, date=date, conf=values, unpause=unpause)
         ring(settings)
-        note(f"Triggered {dag_id}: run {run.run_id}")
         if wait:
+            note(f"Triggered {dag_id}: run {run.run_id}")
             watch(settings, store, dag_id, run.run_id, timeout_seconds=timeout, form=output)
-    if output is not Output.TABLE:
-        show_record(summary(run), output)
+    record = summary(run)
+    show_record(record if output is not Output.TABLE else {k: v for k, v in record.items() if v is not None}, output)
 
 
 @app.command()

@@ -217,6 +217,20 @@ def test_a_queue_nobody_consumes_is_named(dflow: Dflow, etl: str, store: Store) 
     ]
 
 
+def test_reserialize_reads_the_folder_once(dflow: Dflow, settings: Settings) -> None:
+    folder = settings.core.dags_folder
+    (folder / "good.py").write_text("from dflow import DAG\nwith DAG('good', schedule=None):\n    pass\n")
+    (folder / "bad.py").write_text("from dflow import DAG\nraise ValueError('no')\n")
+    done = dflow("dags", "reserialize")
+    assert done.code == 1
+    assert "parsed: 2" in done.err
+    assert [row["dag_id"] for row in json.loads(dflow("dags", "list", "-o", "json").out)] == ["good"]
+    assert "ValueError: no" in dflow("dags", "list-import-errors").out
+    (folder / "bad.py").unlink()
+    assert dflow("dags", "reserialize").code == 0
+    assert "from dflow import DAG" in dflow("dags", "code", "good").out
+
+
 # Runs and tasks
 
 

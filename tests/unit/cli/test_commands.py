@@ -37,6 +37,7 @@ def test_version(dflow: Dflow) -> None:
 
     done = dflow("version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{package.__version__}\n", "")
+    assert dflow("--version").stdout == done.stdout
 
 
 @pytest.mark.parametrize("noun", ["", "dags", "runs", "tasks", "pools", "config", "db", "worker", "dags trigger"])
