@@ -8,11 +8,15 @@ that thread (prctl(2), PR_SET_PDEATHSIG).
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Final
 
@@ -168,10 +172,8 @@ class Supervisor:
             prefix = settings.celery.flower_url_prefix.strip("/")
             self._say(f"  Flower    http://{settings.celery.flower_host}:{settings.celery.flower_port}/{prefix}")
         self._say(f"  DAG files {settings.core.dags_folder}")
-        self._say(
-            f"In another terminal: `DFLOW_HOME={settings.home} dflow dags trigger tz_report --wait`. "
-            "Ctrl-C here drains and stops everything."
-        )
+        self._say(f"In another terminal: `{_command(settings)} dags trigger tz_report --wait`.")
+        self._say("Ctrl-C here drains and stops everything.")
 
     # Watching
 
@@ -302,6 +304,14 @@ def _create_home(settings: Settings) -> None:
         raise ServerStartError(
             f"Cannot create {error.filename}: {error.strerror}. Set $DFLOW_HOME to a directory you can write to."
         ) from error
+
+
+def _command(settings: Settings) -> str:
+    """How a user calls `dflow` from another terminal so that it is this one, on this home."""
+    beside_us = Path(sys.executable).parent / "dflow"
+    program = "dflow" if shutil.which("dflow") == str(beside_us) or not beside_us.exists() else str(beside_us)
+    home = "" if settings.home == Path("~/.dflow").expanduser() else f"DFLOW_HOME={shlex.quote(str(settings.home))} "
+    return home + program
 
 
 def _store(settings: Settings) -> Store:
