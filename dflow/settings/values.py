@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Final
-from urllib.parse import SplitResult, parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 from dflow.settings.schema import Setting
 
@@ -18,9 +18,9 @@ Value = str | int | float | bool | Path | None
 REDACTED: Final = "***"
 _TRUE: Final = frozenset({"true", "t", "1", "yes", "y", "on"})
 _FALSE: Final = frozenset({"false", "f", "0", "no", "n", "off"})
-_SECRET_QUERY_KEYS: Final = frozenset(
-    {"password", "passwd", "passfile", "sslpassword", "ssl_keyfile_password", "token"}
-)
+_SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
+_USER: Final = re.compile(r"[^/?#]*")
+_SECRET_IN_QUERY: Final = re.compile(r"([?&][a-z_]*(?:password|passwd|token)=)[^&]*", re.IGNORECASE)
 
 
 class BadValueError(ValueError):
@@ -66,27 +66,22 @@ def shown(setting: Setting, text: str) -> str:
 
 
 def redact_url(url: str) -> str:
-    """Return an address with its passwords, also those in its query, as ``***``; what is no URL becomes ``***``."""
-    try:
-        parts = urlsplit(url)
-        if not parts.scheme or "://" not in url:
-            return REDACTED
-        return _redacted(parts)
-    except ValueError:  # such as an unclosed bracket around an IPv6 address
+    """Return an address with its passwords, also those in its query, as ``***``; what is no URL becomes ``***``.
+
+    Works on the raw text: a password with an unencoded ``/``, ``#``, ``?`` or ``@`` makes a wrong URL, and is still
+    hidden.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator or not _SCHEME.fullmatch(scheme):
         return REDACTED
-
-
-def _redacted(parts: SplitResult) -> str:
-    credentials, at, host = parts.netloc.rpartition("@")
+    credentials, at, place = rest.rpartition("@")
     user, colon, _ = credentials.partition(":")
-    netloc = f"{user}:{REDACTED}{at}{host}" if colon else parts.netloc
-    query = parse_qsl(parts.query, keep_blank_values=True)
-    if any(key.lower() in _SECRET_QUERY_KEYS for key, _ in query):
-        query = [(key, REDACTED if key.lower() in _SECRET_QUERY_KEYS else value) for key, value in query]
-        parts = parts._replace(query=urlencode(query, safe="*/", quote_via=quote))
-    redacted = urlunsplit(parts._replace(netloc=netloc))
-    # urlunsplit drops an empty authority that the schemes of sockets need: redis+socket:///path
-    return redacted if "://" in redacted else redacted.replace(":", "://", 1)
+    if at and not _USER.fullmatch(user):
+        credentials = REDACTED
+    elif colon:
+        credentials = f"{user}:{REDACTED}"
+    place = _SECRET_IN_QUERY.sub(rf"\1{REDACTED}", place)
+    return f"{scheme}://{credentials}{at}{place}"
 
 
 def _parse_str(setting: Setting, text: str) -> str:

@@ -26,8 +26,9 @@ from dflow.settings.generate import config_text
         ("redis+socket:///run/redis.sock?password=pw", "redis+socket:///run/redis.sock?password=***"),
         ("redis+socket:///run/redis.sock", "redis+socket:///run/redis.sock"),
         ("redis+socket://:pw@/run/redis.sock", "redis+socket://:***@/run/redis.sock"),
+        ("redis://u:p/w#x?y@cache", "redis://u:***@cache"),
         ("not an address", "***"),
-        ("postgresql://ann:pw@[::1/dflow", "***"),
+        ("postgresql://ann:pw@[::1/dflow", "postgresql://ann:***@[::1/dflow"),
         ("host=db password=pw", "***"),
     ],
 )
