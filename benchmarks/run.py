@@ -35,7 +35,7 @@ import redis
 from kombu import Connection
 
 from benchmarks.raw import noop
-from dflow import settings as dflow_settings
+from dflow.embedded.locations import urls
 
 HERE = Path(__file__).parent
 DAGS = HERE / "dags"
@@ -136,9 +136,7 @@ class Cluster:
         """Wait until both DAGs are there and all workers of both sides are, then start the raw workers."""
 
         def ready() -> bool:
-            loaded = dflow_settings.load(home=self.home, env=self.environment)
-            self.broker_url = loaded.celery.broker_url
-            self.database_url = loaded.database.sql_alchemy_conn
+            self.database_url, self.broker_url = urls(self.home)
             with self.rows() as rows:
                 rows.execute("SELECT (SELECT count(*) FROM dag), (SELECT count(*) FROM worker WHERE state = 'live')")
                 return rows.fetchone() == (2, self.options.workers)
@@ -190,7 +188,7 @@ class Cluster:
         with self.rows() as rows:
             rows.execute(
                 "SELECT extract(epoch FROM started_at), extract(epoch FROM ended_at), value FROM task_instance"
-                " JOIN xcom USING (run_pk, task_id) WHERE run_pk = %s ORDER BY task_id",
+                " JOIN xcom USING (run_pk, task_id) WHERE run_pk = %s AND key = 'return_value' ORDER BY task_id",
                 (run_pk,),
             )
             links = rows.fetchall()

@@ -21,7 +21,7 @@ with DAG("bench_fanout", max_active_tasks=1000, is_paused_upon_creation=False):
 with DAG("bench_chain", is_paused_upon_creation=False):
 
     @task
-    def link() -> dict[str, float]:
+    def link() -> dict:
         """Tell when the function began and ended."""
         began = time.time()
         return {"began": began, "ended": time.time()}
