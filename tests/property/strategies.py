@@ -93,4 +93,4 @@ def dags(draw: st.DrawFn, max_tasks: int = 8) -> DagSpec:
                 retry_delay_seconds=draw(st.sampled_from([0.0, 3.0])),
             )
         )
-    return DagSpec(dag_id="d", tasks=tuple(tasks), fail_fast=draw(st.integers(0, 4)) == 0)
+    return DagSpec(dag_id="d", tasks=tuple(tasks), fail_fast=draw(st.integers(0, 2)) == 0)

@@ -12,7 +12,9 @@ from dflow.core.states import TaskState
 DELAYS = st.floats(0, 1e7)
 
 
-def delay_of(failures: int, delay: float, multiplier: float, limit: float | None = None, cap: float = 86_400.0) -> float:
+def delay_of(
+    failures: int, delay: float, multiplier: float, limit: float | None = None, cap: float = 86_400.0
+) -> float:
     return next_delay_seconds(
         failures=failures, delay=delay, backoff_multiplier=multiplier, max_delay=limit, seed="d#r#t#-1", hard_cap=cap
     )
@@ -56,11 +58,11 @@ def test_max_retry_delay_zero_means_none() -> None:
     assert delay_of(1, 100, 2.0, limit=0.0) >= 100
 
 
-@pytest.mark.parametrize(("failures", "state"), [(1, "up_for_retry"), (2, "up_for_retry"), (3, "failed"), (9, "failed")])
+@pytest.mark.parametrize(
+    ("failures", "state"), [(1, "up_for_retry"), (2, "up_for_retry"), (3, "failed"), (9, "failed")]
+)
 def test_two_retries_are_three_attempts(failures: int, state: str) -> None:
-    decision = after_user_failure(
-        failures=failures, retries=2, delay=5, backoff_multiplier=0, max_delay=None, seed="s"
-    )
+    decision = after_user_failure(failures=failures, retries=2, delay=5, backoff_multiplier=0, max_delay=None, seed="s")
     assert decision.to_state is TaskState(state)
     assert decision.delay_seconds == (5 if state == "up_for_retry" else 0)
     assert str(failures) in decision.cause
