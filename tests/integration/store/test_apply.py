@@ -116,7 +116,9 @@ def test_a_delay_is_counted_from_the_databases_clock(store, ti):
     attempt = walk_to_running(store, ti)
     with store.begin() as tx:
         apply(tx, [change(ti, R, TaskState.UP_FOR_RETRY, attempt=attempt, delay_seconds=60.0, user_failure=True)])
-        waits = tx.execute(text("SELECT extract(epoch FROM not_before - clock_timestamp()) FROM task_instance")).scalar()
+        waits = tx.execute(
+            text("SELECT extract(epoch FROM not_before - clock_timestamp()) FROM task_instance")
+        ).scalar()
     assert 55 < waits <= 60
     assert row(store, ti).user_failures == 1
 
