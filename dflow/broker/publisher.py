@@ -25,6 +25,8 @@ from dflow.settings import Settings
 log = logging.getLogger(__name__)
 
 _PIPELINE_MESSAGES: Final = 1000
+# How kombu itself retries connecting: once and at once. Its defaults sleep for seconds in between.
+_CONNECT_ONCE: Final = {"max_retries": 1, "interval_start": 0, "interval_step": 0, "interval_max": 0}
 _FAILURES: Final = (KombuError, redis.RedisError, OSError)
 
 
@@ -33,7 +35,7 @@ class Publisher:
 
     def __init__(self, settings: Settings) -> None:
         self._url = checked_broker_url(settings.celery.broker_url)
-        self._transport_options = transport_options(settings)
+        self._transport_options = {**transport_options(settings), **_CONNECT_ONCE}
         self._connect_timeout = settings.celery.broker_socket_timeout
         self._origin = messages.origin()
         self._connection: Any = None

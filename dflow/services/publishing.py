@@ -25,6 +25,7 @@ from dflow.store.engine import Tx
 log = logging.getLogger(__name__)
 
 _WRITE_DOWN_AFTER_SECONDS: Final = 0.25
+_QUIET_SECONDS: Final = 2.0  # after a failure: planning goes on, and does not wait for the broker's timeout each pass
 
 
 class Publishing:
@@ -37,15 +38,17 @@ class Publishing:
         self._writing: list[int] = []
         self._due_at = 0.0
         self._is_failing = False
+        self._quiet_until = 0.0
 
     def publish(self, nudges: Sequence[Nudge], *, again: Sequence[Nudge] = ()) -> None:
         """Publish newly admitted nudges, and some ``again``. Never raises PublishError: the rows are found again."""
         both = [*again, *nudges]
-        if not both:
+        if not both or time.monotonic() < self._quiet_until:
             return
         try:
             self._executor.publish(both)
         except PublishError as error:
+            self._quiet_until = time.monotonic() + _QUIET_SECONDS
             if not self._is_failing:
                 self._is_failing = True
                 log.warning("%s", error)
