@@ -46,6 +46,8 @@ class AgentStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
         self._is_ticking = False
         if TaskPool not in getattr(parent.pool_cls, "__mro__", ()):
             raise ImproperlyConfigured("dflow runs tasks in processes of their own: leave out -P, or say -P prefork")
+        # Workers of dflow share nothing by messages; asking around at the start would only cost a second.
+        parent.options |= {"without_mingle": True, "without_gossip": True}
         super().__init__(parent, **options)
 
     def start(self, parent: Any) -> None:

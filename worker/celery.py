@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import logging
+import os
+from typing import TYPE_CHECKING, Any, Final
 
 from celery import Celery
 
@@ -13,6 +15,9 @@ from dflow.settings import Settings
 if TYPE_CHECKING:
     from dflow.runtime.child import ChildLoop
 
+log = logging.getLogger(__name__)
+
+_EXIT_UNFIT: Final = 70  # EX_SOFTWARE
 _loop: ChildLoop | None = None
 
 
@@ -23,6 +28,7 @@ def make_worker_app(settings: Settings) -> Celery:
     app = make_app(settings)
     app.conf.update(
         worker_pool="worker.prefork:TaskPool",
+        worker_consumer="worker.consumer:Consumer",
         worker_lost_wait=2.0,  # Celery's own note of a lost child; the agent has acted on it long before
         worker_max_memory_per_child=settings.worker.max_memory_per_child_mb * 1024 or None,  # Celery counts KiB
     )
@@ -42,12 +48,22 @@ def run_nudge(settings: Settings, arguments: tuple[Any, ...], keywords: dict[str
     """In a task process: run one attempt. The first call makes the process's `ChildLoop`."""
     global _loop
     if _loop is None:
-        from dflow.runtime.child import ChildLoop
-
-        _loop = ChildLoop(settings)
+        _loop = _make_loop(settings)
     if len(arguments) != 2 or keywords:
         arguments = (None, repr((arguments, keywords)))  # refused and logged like any other that is no nudge
     _loop.run_one(*arguments)
+
+
+def _make_loop(settings: Settings) -> ChildLoop:
+    """A process that cannot set itself up would swallow every message it gets. It ends, and Celery replaces it."""
+    from dflow.runtime.child import ChildLoop
+
+    try:
+        return ChildLoop(settings)
+    except Exception:
+        log.exception("this task process cannot work; ending it")
+        logging.shutdown()
+        os._exit(_EXIT_UNFIT)
 
 
 app = make_worker_app(settings_module.load())

@@ -24,7 +24,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Final, NoReturn
+from typing import Final, NoReturn, TextIO
 
 from dflow.runtime.client import RawLine
 from dflow.runtime.interrupts import shielded
@@ -155,13 +155,11 @@ class LogCapture:
         self._is_active = False
         self._is_forked = False
         self._is_dozing = False  # the pump waits without a time limit
-        _flush_std()
-        self._sources = (_Source(1, "stdout", "INFO"), _Source(2, "stderr", "ERROR"))
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_reader, False)
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(line_buffering=True, errors="backslashreplace")
+        _flush_std()
+        self._sources = (_Source(1, "stdout", "INFO"), _Source(2, "stderr", "ERROR"))
+        self._std = _text_stream(1), _text_stream(2)
         self._worker_log = os.fdopen(os.dup(self._sources[1].original), "w", buffering=1, errors="backslashreplace")
         self._take_over_logging(level)
         os.register_at_fork(after_in_child=self._after_fork)
@@ -285,7 +283,6 @@ class LogCapture:
         """Make our handler the only one of the root, and move other handlers off the redirected descriptors."""
         self._level = logging.getLevelNamesMapping()[level]
         self._handler = _Handler(self)
-        self._std = sys.stdout, sys.stderr
         self._restore()
         for name in list(logging.root.manager.loggerDict):
             for handler in logging.getLogger(name).handlers:
@@ -323,6 +320,11 @@ class _Handler(logging.Handler):
         except Exception:  # noqa: BLE001 a bad format string must not fail the task
             text = f"{record.msg!r} % {record.args!r} (the message could not be formatted)"
         self._capture.emit(record, text)
+
+
+def _text_stream(fd: int) -> TextIO:
+    """A new stream: one made for a file, as Celery leaves it, cannot be told that its descriptor is a pipe now."""
+    return open(fd, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
 def _descriptor(stream: object) -> int | None:
