@@ -109,6 +109,10 @@ class Context(MutableMapping[str, Any]):
         reason = self._absent.get(key) or _GONE.get(key)
         return f"the context has no {key!r}" + (f": {reason}" if reason else did_you_mean(key, self))
 
+    def computed(self) -> dict[str, Any]:
+        """Return the variables that were computed so far."""
+        return dict(self._values)
+
     def __setitem__(self, key: str, value: Any) -> None:
         self._values[key] = value
 

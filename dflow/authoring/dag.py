@@ -17,12 +17,12 @@ from urllib.parse import urlsplit
 from dflow.authoring import blocks, checks
 from dflow.authoring.defaults import Defaults
 from dflow.authoring.exceptions import ParamValidationError
-from dflow.authoring.param import DagParam, ParamsDict
+from dflow.authoring.param import DagParam, ParamsDict, check_schema
 from dflow.authoring.refusal import did_you_mean, not_supported, refusal, unknown_arguments, user_location
 from dflow.authoring.rules import TriggerRule
 from dflow.authoring.schedule import schedule_spec
 from dflow.authoring.task_group import TaskGroup, unique_id
-from dflow.core.errors import DagCycleError, DuplicateTaskIdError, NotFoundError
+from dflow.core.errors import DagCycleError, DagDefinitionError, DuplicateTaskIdError, NotFoundError
 from dflow.core.spec import ScheduleSpec
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class DAG:
 
         self.dag_id = checks.identifier(dag_id, "dag_id")
         self.location = user_location()
-        self.fileloc = self.location.file if self.location else ""
+        self.fileloc = os.path.abspath(self.location.file) if self.location else ""
         self.code: Code | None = None  # set by the loader
         self.default_args: dict[str, Any] = _default_args(default_args)
         self.description = checks.text(description, f"description of {dag_id!r}")
@@ -283,8 +283,11 @@ class DAG:
 
     def validate(self) -> None:
         """Check what only the finished DAG shows; raises `DagDefinitionError` naming the line of the task."""
-        for task in self.task_dict.values():
-            task.connect_arguments()
+        for task in list(self.task_dict.values()):
+            try:
+                task.connect_arguments()  # once more: arguments may have been set after the task was made
+            except DagDefinitionError as error:
+                raise error if error.file else refusal(error.message, at=task.location) from None
         self._check_cycles()
         self._check_params()
         for task in self.task_dict.values():
@@ -307,12 +310,10 @@ class DAG:
         ):
             for name in params:
                 param = params.get_param(name)
-                if not param.has_value and self.schedule is None:
-                    continue  # whoever triggers the run gives it
-                if self.schedule is None and param.value is None:
-                    continue  # Airflow's way to write "required" for a DAG that is triggered by people
                 try:
-                    param.resolve(name=name)
+                    check_schema(name, param.schema)
+                    if self.schedule is not None:  # nobody is there to give what a default does not
+                        param.resolve(name=name)
                 except ParamValidationError as error:
                     scheduled = "; a DAG with a schedule needs valid defaults" if self.schedule is not None else ""
                     raise refusal(f"{owner}: {error}{scheduled}", at=location) from None

@@ -6,14 +6,17 @@ what comes before and its leaves for what comes after (Airflow's rule), so draw 
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dflow.authoring.refusal import refusal
+from dflow.authoring.refusal import refusal, user_location
 
 if TYPE_CHECKING:
     from dflow.authoring.operator import BaseOperator
+
+logger = logging.getLogger(__name__)
 
 
 class Node(ABC):
@@ -83,8 +86,11 @@ def connect(upstream: Node, downstream: Node, *, label: str | None = None) -> No
     """Draw the edges from the leaves of ``upstream`` to the roots of ``downstream``."""
     if upstream._linked_to(downstream) or downstream._linked_from(upstream):
         return
-    roots = list(downstream.roots)
-    for up in upstream.leaves:
+    leaves, roots = list(upstream.leaves), list(downstream.roots)
+    for node, tasks in ((upstream, leaves), (downstream, roots)):
+        if not tasks:
+            logger.warning("%s: %r has no tasks yet, so this relation has no effect", user_location(), node)
+    for up in leaves:
         for down in roots:
             connect_tasks(up, down, label=label)
 

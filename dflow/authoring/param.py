@@ -6,8 +6,10 @@ without importing user code.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from datetime import datetime, time
 from typing import TYPE_CHECKING, Any, Final
 
 from dflow.authoring.exceptions import ParamValidationError
@@ -15,6 +17,8 @@ from dflow.authoring.refusal import refusal
 from dflow.authoring.resolvable import Resolvable
 
 if TYPE_CHECKING:
+    import jsonschema
+
     from dflow.authoring.context import Context
 
 
@@ -181,6 +185,21 @@ def validate(name: str, value: Any, schema: Mapping[str, Any]) -> Any:
         raise ParamValidationError(f"param {name!r} has no default and no value was given; pass it in the run's conf")
     if not schema:
         return value
+    check_schema(name, schema)
+    import jsonschema
+
+    validator = jsonschema.Draft202012Validator(schema, format_checker=_format_checker())
+    for problem in validator.iter_errors(value):
+        raise ParamValidationError(
+            f"param {name!r} has the value {value!r}, which its schema does not allow: {problem.message}"
+        )
+    return value
+
+
+def check_schema(name: str, schema: Mapping[str, Any]) -> None:
+    """Raise `ParamValidationError` unless ``schema`` is a JSON Schema."""
+    if not schema:
+        return
     import jsonschema  # 100 ms to import, and few DAGs have schemas
 
     try:
@@ -189,12 +208,21 @@ def validate(name: str, value: Any, schema: Mapping[str, Any]) -> Any:
         raise ParamValidationError(
             f"the schema of param {name!r} is not a valid JSON Schema: {error.message}"
         ) from None
-    validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
-    for problem in validator.iter_errors(value):
-        raise ParamValidationError(
-            f"param {name!r} has the value {value!r}, which its schema does not allow: {problem.message}"
-        )
-    return value
+
+
+@functools.cache
+def _format_checker() -> jsonschema.FormatChecker:
+    """Return a checker that knows date-time and time too, which jsonschema leaves to other packages."""
+    import jsonschema
+
+    checker = jsonschema.FormatChecker()
+    checker.checks("date-time", raises=ValueError)(_is_text_or(datetime.fromisoformat))
+    checker.checks("time", raises=ValueError)(_is_text_or(time.fromisoformat))
+    return checker
+
+
+def _is_text_or(parse: Callable[[str], object]) -> Callable[[object], bool]:
+    return lambda value: not isinstance(value, str) or bool(parse(value)) or True
 
 
 def _must_be_json(value: Any, what: str) -> None:

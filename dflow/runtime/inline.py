@@ -171,6 +171,8 @@ class _InlineRun:
             del self._xcoms[key]  # a new attempt starts without the XComs of the last one
         client = _MemoryClient(task.task_id, self._run_id, self._xcoms, self._states)
         outcome = run_attempt(self._work(task, failures), self._dag, client, settings=self._settings)
+        if outcome.reason is Reason.RAISED and (outcome.cause or "").startswith("KeyboardInterrupt"):
+            raise KeyboardInterrupt  # Ctrl-C is meant for the run, not only for the task
         for name, value in outcome.xcoms.items():
             client.push_xcom(name, value)
         return outcome

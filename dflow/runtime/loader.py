@@ -9,8 +9,8 @@ of one bundle, or two bundles with a ``utils.py``, live side by side in one warm
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -42,8 +42,9 @@ class LoadedFile:
         self.imports: frozenset[Path] = frozenset()
         self._prefix = os.path.join(str(bundle_root), "")
         self._modules: dict[str, ModuleType] = {}
-        self._path = list(dict.fromkeys((str(file.parent), str(bundle_root))))
-        self._shadowed = _shadowed_names(self._path)
+        self._front = list(dict.fromkeys((str(file.parent), str(bundle_root))))  # of sys.path
+        self._back: list[str] = []
+        self._shadowed = _shadowed_names(self._front)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -51,7 +52,7 @@ class LoadedFile:
         path, hidden = sys.path[:], _hide(self._shadowed)
         writes_bytecode = sys.dont_write_bytecode
         sys.dont_write_bytecode = True  # a bundle is read only, and a .pyc younger than one second may be stale
-        sys.path[:0] = self._path
+        sys.path[:] = [*self._front, *path, *self._back]
         sys.modules.update(self._modules)
         count = len(sys.modules)
         try:
@@ -63,10 +64,14 @@ class LoadedFile:
             for name in self._modules:
                 sys.modules.pop(name, None)
             sys.modules.update(hidden)
-            before = set(path)
-            ours = (entry for entry in sys.path if entry not in before or entry in self._path)
-            self._path = list(dict.fromkeys(ours))  # with what the file added
+            self._remember_path(path)
             sys.path[:] = path
+
+    def _remember_path(self, before: list[str]) -> None:
+        """Keep what the file put in front of sys.path or behind it, for the next time."""
+        places = [place for place, entry in enumerate(sys.path) if entry in before and entry not in self._front]
+        first, last = (places[0], places[-1]) if places else (len(sys.path), len(sys.path))
+        self._front, self._back = sys.path[:first], sys.path[last + 1 :]
 
     def _collect(self) -> None:
         """Take note of the modules of the bundle that were imported."""
@@ -119,9 +124,12 @@ def _run(file: Path, bundle_root: Path) -> ModuleType:
 
 
 def _module_name(file: Path, bundle_root: Path) -> str:
-    """Return a name no other module has; the same file of the same bundle always has the same one."""
-    digest = hashlib.sha256(f"{bundle_root}\0{file}".encode()).hexdigest()[:12]
-    return f"dflow_dag_{digest}_{file.stem}"
+    """Return a name that no other module has and that people recognize, like ``dflow_dag_etl_report``.
+
+    No dots: pickle imports a module by its name, and would look for parents.
+    """
+    place = os.path.splitext(os.path.relpath(file, bundle_root))[0]
+    return "dflow_dag_" + re.sub(r"\W", "_", place)
 
 
 def _find_dags(module: ModuleType, made: list[tuple[DAG, str]], file: str) -> dict[str, DAG]:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dflow.task")
 
 _MAX_CAUSE: Final = 500
+_RELATIONS: Final = frozenset({"upstream_task_ids", "downstream_task_ids", "_inherited", "_taken_defaults"})
 
 
 class TaskCancelled(BaseException):
@@ -68,9 +69,26 @@ def run_attempt(work: Work, dag: DAG, client: AttemptClient, *, settings: Settin
     if task is None:
         near = did_you_mean(work.task_id, dag.task_dict)
         return Outcome(reason=Reason.LOAD_FAILED, cause=f"DAG {dag.dag_id!r} has no task {work.task_id!r}{near}")
-    attempt = _Attempt(work, dag, copy.copy(task), client, settings)
+    attempt = _Attempt(work, dag, _fresh(task), client, settings)
     with dag.code.active() if dag.code is not None else contextlib.nullcontext():
         return attempt.run()
+
+
+def _fresh(task: BaseOperator) -> BaseOperator:
+    """Return a copy of the operator that an attempt may change.
+
+    Template fields are rebuilt when they are rendered. The other lists, dicts and sets of an operator of the user's are
+    copied here, so that ``self.rows.append(...)`` does not pile up over the attempts of a warm process.
+    """
+    fresh = copy.copy(task)
+    if not type(task).__module__.startswith("dflow.authoring."):
+        for name, value in vars(task).items():
+            if type(value) in (list, dict, set) and name not in _RELATIONS and name not in task.template_fields:
+                try:
+                    setattr(fresh, name, copy.deepcopy(value))
+                except Exception:  # noqa: BLE001 -- holds something that cannot be copied: it is shared then
+                    logger.debug("%s of %r is shared between attempts: it cannot be copied", name, task.task_id)
+    return fresh
 
 
 class _Attempt:

@@ -9,6 +9,7 @@ kept with their DAG.
 from __future__ import annotations
 
 import copy
+import os
 import re
 import weakref
 from collections import ChainMap
@@ -98,7 +99,7 @@ class _Rendering:
 
     def _string(self, text: str) -> Any:
         is_file = bool(self._extensions) and text.endswith(self._extensions)
-        if not is_file and not any(mark in text for mark in _MARKS):
+        if not is_file and not self._may_be_template(text):
             return _environment(self._task.dag, native=True).literal(text) if self._native else text
         environment = _environment(self._task.dag, native=self._native)
         import jinja2
@@ -115,6 +116,10 @@ class _Rendering:
         except jinja2.TemplateError as error:
             raise TemplateRenderError(f"{self._field!r} cannot be rendered: {self._explain(error)}") from None
 
+    def _may_be_template(self, text: str) -> bool:
+        # options may give Jinja other marks; then every string is for it to judge
+        return any(mark in text for mark in _MARKS) or bool(self._task.dag.jinja_environment_kwargs)
+
     def _explain(self, error: jinja2.TemplateError) -> str:
         text = str(error)
         match = _UNDEFINED.fullmatch(text)
@@ -125,8 +130,16 @@ class _Rendering:
 
 
 def search_path(dag: DAG) -> list[str]:
-    """Return where template files are looked for: the DAG file's folder, then ``template_searchpath``."""
-    return [dag.folder, *dag.template_searchpath]
+    """Return where template files are looked for: the DAG file's folder, then the search path, relative to it."""
+    return [dag.folder, *(os.path.join(dag.folder, path) for path in dag.template_searchpath)]
+
+
+class _Variables(ChainMap[str, Any]):
+    """What a template sees: the context, behind it the globals. Jinja's types say dict; a mapping is enough."""
+
+    def copy(self) -> Any:
+        """Return the variables computed so far; Jinja shows them in tracebacks."""
+        return self.maps[0].computed()  # type: ignore[attr-defined]
 
 
 class _Environment:
@@ -156,7 +169,7 @@ class _Environment:
         ``Template.render`` copies its variables into a dict, which would compute all of them.
         """
         environment = self._jinja
-        variables = cast("dict[str, Any]", ChainMap(cast("Any", context), cast("Any", template.globals)))
+        variables = cast("dict[str, Any]", _Variables(cast("Any", context), cast("Any", template.globals)))
         scope = environment.context_class(environment, variables, template.name, template.blocks)
         try:
             pieces = template.root_render_func(scope)

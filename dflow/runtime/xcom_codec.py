@@ -92,7 +92,7 @@ def _refusal(value: Any, what: str, path: str) -> str:
         remedy = "write it to a file and return the path, or use @task(do_xcom_push=False) if nobody needs it"
     where = f" at {path}" if path else ""
     return (
-        f"{what} cannot be kept: {kind}{where} is not one of JSON's types, datetime, date, time, timedelta, tuple, set, "
+        f"{what} cannot be kept: {kind}{where} is none of JSON's types, datetime, date, time, timedelta, tuple, set, "
         f"bytes, Decimal, UUID and Path; {remedy}"
     )
 
