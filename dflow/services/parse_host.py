@@ -21,7 +21,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Final
@@ -42,6 +43,7 @@ def main() -> int:
     """Serve requests until the other side closes the socket."""
     with socket.socket(fileno=int(sys.argv[1])) as sock:
         signal.signal(signal.SIGTERM, _on_sigterm)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         parse_child.die_with_parent(int(sys.argv[2]), signal.SIGTERM)
         if sys.platform == "linux":
@@ -58,7 +60,8 @@ def supervise(request: Mapping[str, Any]) -> dict[str, Any]:
     began_at = time.monotonic()
     sandbox = _Sandbox(request)
     try:
-        sandbox.watch(began_at + float(request["timeout_seconds"]))
+        with _interruptible():
+            sandbox.watch(began_at + float(request["timeout_seconds"]))
     finally:
         sandbox.kill()
         _kill_descendants()
@@ -197,6 +200,19 @@ class _Pipe:
         os.close(self.fd)
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let SIGTERM end this process inside the block, and only there: never halfway through starting or cleaning up.
+
+    There may be more than one: the kernel sends one for each thread of a parent that is killed.
+    """
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
 def _kill_descendants() -> None:
     """Kill all that is left of the sandbox; as subreaper, this process is (or becomes) the parent of every orphan."""
     deadline = time.monotonic() + _SWEEP_SECONDS
@@ -228,6 +244,7 @@ def _signal_name(number: int) -> str:
 
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     raise SystemExit(0)  # `supervise` cleans up on its way out
 
 

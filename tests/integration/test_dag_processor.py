@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import signal
 import sys
 import threading
+import urllib.request
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +21,7 @@ from dflow.services.dag_processor import DagProcessor
 from dflow.settings import Settings
 from dflow.store import bundles, dag_files, dags, import_errors, locks, runs
 from dflow.store.engine import Store
+from tests.support import Cluster, eventually
 
 pytestmark = pytest.mark.integration
 
@@ -523,3 +526,42 @@ def test_an_outage_of_the_database_is_survived(world: World) -> None:
     world.store.close()
     world.run()
     assert world.active() == {"etl"}
+
+
+HANGING = """
+import os, subprocess, sys, time
+from dflow import DAG
+sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
+subprocess.Popen(sleeper)
+subprocess.Popen(sleeper, start_new_session=True)
+open({flag!r}, "w").close()
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_it_ends_with_all_its_sandboxes(make_cluster: Callable[..., Cluster], tmp_path: Path, number: int) -> None:
+    cluster = make_cluster({"core.dagbag_import_timeout": "500", "dag_processor.dag_file_processor_timeout": "500"})
+    flag = tmp_path / "began"
+    cluster.add_dag("good.py", dag_file("good"))
+    cluster.add_dag("hang.py", HANGING.format(flag=str(flag)))
+    processor = cluster.dag_processor()
+    cluster.wait_dag("good")
+    eventually(flag.exists)
+    assert len(cluster.marked_processes()) >= 5
+    cluster.kill(processor, signal.Signals(number))
+    code = processor.process.wait(timeout=30)
+    assert code == (0 if number != signal.SIGKILL else -signal.SIGKILL)
+    eventually(lambda: not cluster.marked_processes(), 15, message="nothing is left behind")
+
+
+def test_the_process_tells_that_it_makes_progress(cluster: Cluster) -> None:
+    cluster.add_dag("good.py", dag_file("good"))
+    cluster.dag_processor()
+    cluster.wait_dag("good")
+    query = "SELECT health_url FROM service WHERE kind = 'dag-processor' AND ended_at IS NULL"
+    url = eventually(lambda: cluster.rows(query))[0].health_url
+    with urllib.request.urlopen(f"{url}/readyz", timeout=10) as answer:
+        assert answer.status == 200
+    cluster.add_dag("good.py", dag_file("good", tasks="a b"))
+    eventually(lambda: cluster.count("SELECT count(*) FROM dag_version WHERE dag_id = 'good'") == 2)
