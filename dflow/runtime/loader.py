@@ -44,11 +44,19 @@ class LoadedFile:
         self._modules: dict[str, ModuleType] = {}
         self._front = list(dict.fromkeys((str(file.parent), str(bundle_root))))  # of sys.path
         self._back: list[str] = []
+        self._is_active = False
         self._shadowed = _shadowed_names(self._front)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Make the bundle importable and its modules present inside the block; what is imported there is kept too."""
+        """Make the bundle importable and its modules present inside the block; what is imported there is kept too.
+
+        Inside another such block of the same file it does nothing.
+        """
+        if self._is_active:
+            yield
+            return
+        self._is_active = True
         path, hidden = sys.path[:], _hide(self._shadowed)
         writes_bytecode = sys.dont_write_bytecode
         sys.dont_write_bytecode = True  # a bundle is read only, and a .pyc younger than one second may be stale
@@ -58,6 +66,7 @@ class LoadedFile:
         try:
             yield
         finally:
+            self._is_active = False
             sys.dont_write_bytecode = writes_bytecode
             if len(sys.modules) != count:
                 self._collect()

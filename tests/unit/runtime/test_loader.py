@@ -79,6 +79,11 @@ def test_nothing_leaks_and_imports_are_known(tmp_path: Path) -> None:
         assert "helper" in sys.modules
         assert sys.path[:2] == [str(tmp_path), path[0]]
         assert sys.path[-1] == "/x"
+        inside = list(sys.path)
+        with loaded.active():
+            assert sys.path == inside
+        assert "helper" in sys.modules
+        assert sys.path == inside
     assert "helper" not in sys.modules
     assert sys.path == path
     assert not list(tmp_path.rglob("__pycache__"))
