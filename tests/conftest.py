@@ -153,6 +153,7 @@ def make_cluster(
 ) -> Iterator[Callable[..., Cluster]]:
     """Return a function that makes a cluster (not started) with this test's settings, varied or given whole."""
     made: list[Cluster] = []
+    request.node.stash[_CLUSTERS] = made
 
     def make(values: dict[str, Any] | None = None, *, settings: Settings | None = None) -> Cluster:
         logs = tmp_path / f"logs-{len(made)}"
@@ -167,10 +168,6 @@ def make_cluster(
             cluster.stop()
         except AssertionError as error:
             problems.append(str(error))
-    report = request.node.stash.get(_CALL_REPORT, None)
-    if problems or report is None or report.failed:
-        for cluster in made:
-            cluster.print_logs()
     assert not problems, problems
 
 
@@ -180,15 +177,16 @@ def cluster(make_cluster: Callable[..., Cluster]) -> Cluster:
     return make_cluster()
 
 
-_CALL_REPORT = pytest.StashKey[pytest.TestReport]()
+_CLUSTERS = pytest.StashKey[list[Cluster]]()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
-    """Remember how the test went, so that fixtures show logs of failed ones only."""
+    """Show what the components of a failed test's clusters said."""
     report = yield
-    if report.when == "call":
-        item.stash[_CALL_REPORT] = report
+    if report.failed:
+        for cluster in item.stash.get(_CLUSTERS, []):
+            report.sections += [(f"{name}", text) for name, text in cluster.log_tails()]
     return report
 
 

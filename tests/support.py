@@ -243,10 +243,13 @@ class Cluster:
         with self.store.begin() as tx:
             check_invariants(tx)
 
-    def print_logs(self, lines: int = 60) -> None:
+    def log_tails(self, lines: int = 60) -> list[tuple[str, str]]:
+        """Return a title and the end of the log for each component."""
+        tails = []
         for one in self.components:
             status = "running" if one.is_running() else f"ended with {one.process.returncode}"
-            print(f"----- {one.name} ({status})\n{tail(one.log_file, lines=lines)}")
+            tails.append((f"{one.name} ({status})", tail(one.log_file, lines=lines)))
+        return tails
 
 
 def marked_processes(token: str) -> list[psutil.Process]:
