@@ -31,7 +31,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
-from dflow.authoring.defaults import Defaults
 from dflow.core.errors import AgentRequestError, AgentStartError, DagImportError, DflowError
 from dflow.core.retry import after_user_failure
 from dflow.core.states import Reason, TaskState
