@@ -97,8 +97,10 @@ class _Sandbox:
                 if remaining <= 0:
                     self._is_timed_out = True
                     return
-                # The end of the child closes its pipes and wakes us, unless a process it started holds them.
-                for key, _ in selector.select(min(remaining, 0.05)):
+                # The end of the child closes its pipes and wakes us, unless a process it started holds them. Both
+                # closed: it is about to end.
+                pause = 0.05 if selector.get_map() else 0.001
+                for key, _ in selector.select(min(remaining, pause)):
                     if not key.data.read():
                         selector.unregister(key.fd)
 
