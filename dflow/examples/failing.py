@@ -2,9 +2,9 @@
 
 This run fails. `divide` raises; its one retry fails as well; `tell` never runs. Look at how that is told:
 
-    dflow dags trigger example_failing --wait                  ends with an exit code that is not 0
-    dflow tasks list example_failing <run id>                  state and cause of each task
-    dflow tasks logs example_failing <run id> divide           the traceback, with the exception behind the exception
+    dflow dags trigger example_failing --wait             ends with exit code 1
+    dflow runs show example_failing latest                state and cause of each task
+    dflow tasks logs example_failing latest divide        the traceback, and the exception behind the exception
 
 The cause is one line, "ReportError: cannot average 10 over 0 rows" here. A process that was killed, ran out of memory
 or took too long has one too: the signal, the peak memory, the limit.

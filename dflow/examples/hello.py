@@ -5,7 +5,7 @@ result. Passing the stand-in on makes the dependency; the value itself travels t
 
     dflow dags test dflow/examples/hello.py                   in this process, with no service at all
     dflow dags trigger example_hello --wait                   on the cluster
-    dflow tasks logs example_hello <run id> greet             what the task said
+    dflow tasks logs example_hello latest greet               what the task said
 """
 
 from __future__ import annotations

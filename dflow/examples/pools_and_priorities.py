@@ -4,7 +4,7 @@ A pool is a number of slots that tasks of *all* DAGs share, for what many at onc
 A task takes `pool_slots` of it while it is queued or running; the others wait as `scheduled`. Make a smaller one and
 watch:
 
-    dflow pools set narrow 2 --description "two at a time"
+    dflow pools set narrow 2 'two at a time'
 
 and put its name below in place of `default_pool`, which every task is in that names none.
 

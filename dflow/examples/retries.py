@@ -3,7 +3,7 @@
 `retries=3` allows three more tries after the first. The wait grows with each: `retry_exponential_backoff=2` doubles it,
 `max_retry_delay` caps it. While it waits, the task is `up_for_retry` and occupies no worker. Each try has its own log:
 
-    dflow tasks logs example_retries <run id> flaky --try 1
+    dflow tasks logs example_retries latest flaky --try 1
 
 These are retries for what the *task* does wrong. When a *worker* is lost, the attempt runs again without using one up
 (the setting `core.infra_retries`).
