@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, text
 
+from dflow.store.prepared import Prepared
 from dflow.store.rows import storable
 
 
@@ -38,8 +39,8 @@ def append(tx: Connection, chunks: Sequence[Chunk]) -> None:
     """
     if not chunks:
         return
-    tx.execute(
-        _APPEND,
+    _APPEND.execute(
+        tx,
         {
             "attempt_ids": [chunk.attempt_id for chunk in chunks],
             "seqs": [chunk.seq for chunk in chunks],
@@ -76,11 +77,12 @@ def _document(lines: Sequence[Line]) -> str:
     return json.dumps([[at, level, storable(source), storable(line)] for at, level, source, line in lines])
 
 
-_APPEND = text("""
+_APPEND = Prepared(
+    """
     INSERT INTO log_chunk (attempt_id, seq, ti_id, lines)
-    SELECT * FROM unnest(CAST(:attempt_ids AS uuid[]), CAST(:seqs AS integer[]), CAST(:ti_ids AS bigint[]),
-                         CAST(:lines AS jsonb[]))
-    ON CONFLICT DO NOTHING""")
+    SELECT * FROM unnest(:attempt_ids, :seqs, :ti_ids, :lines) ON CONFLICT DO NOTHING""",
+    {"attempt_ids": "uuid[]", "seqs": "integer[]", "ti_ids": "bigint[]", "lines": "jsonb[]"},
+)
 
 _READ = text("""
     SELECT CAST(attempt_id AS text) AS attempt_id, seq, ti_id, lines FROM log_chunk

@@ -30,12 +30,13 @@ class Prepared:
         if found != set(types):
             raise ValueError(f"parameters {sorted(found)} do not match the declared types {sorted(types)}")
         self.sql = sql
-        self._text = text(sql)
+        self._text = text(_PARAMETER.sub(lambda match: f"CAST(:{match[1]} AS {types[match[1]]})", sql))
         self._name = "dflow_" + hashlib.sha256(sql.encode()).hexdigest()[:16]
         numbers = {name: f"${number}" for number, name in enumerate(types, start=1)}
         body = _PARAMETER.sub(lambda match: numbers[match[1]], sql)
         self._prepare = f"PREPARE {self._name} ({', '.join(types.values())}) AS {body}"
-        self._execute = f"EXECUTE {self._name} ({', '.join(f'%({name})s' for name in types)})"
+        values = ", ".join(f"CAST(%({name})s AS {kind})" for name, kind in types.items())
+        self._execute = f"EXECUTE {self._name} ({values})"
 
     def execute(self, tx: Connection, parameters: Mapping[str, Any]) -> CursorResult[Any]:
         """Run the statement in the transaction, preparing it first where this connection has not yet."""

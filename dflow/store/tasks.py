@@ -16,6 +16,7 @@ from dflow.core.errors import NotFoundError
 from dflow.core.messages import Nudge
 from dflow.core.states import TaskState
 from dflow.store import runs
+from dflow.store.prepared import Prepared
 from dflow.store.rows import all_rows, columns, did_you_mean, first_row
 
 
@@ -124,7 +125,7 @@ def describe_claimed(tx: Connection, ti_ids: Iterable[int]) -> list[Claimed]:
 
     Two index probes for each; meant to follow a batch of claims in the same transaction.
     """
-    return all_rows(Claimed, tx.execute(_DESCRIBE_CLAIMED, {"ti_ids": list(ti_ids)}))
+    return all_rows(Claimed, _DESCRIBE_CLAIMED.execute(tx, {"ti_ids": list(ti_ids)}))
 
 
 def states(tx: Connection, run_pk: int, task_ids: Sequence[str]) -> dict[str, str]:
@@ -215,13 +216,16 @@ _GET = text(f"""
 
 _GET_BY_ID = text(f"SELECT {_COLUMNS} FROM task_instance ti WHERE ti.id = :ti_id")
 
-_DESCRIBE_CLAIMED = text("""
+_DESCRIBE_CLAIMED = Prepared(
+    """
     SELECT ti.id AS ti_id, CAST(ti.attempt_id AS text) AS attempt_id, ti.run_pk, ti.dag_id, r.run_id, ti.task_id,
            ti.map_index, ti.try_number, ti.user_failures, ti.retries, r.run_type, r.logical_date,
            r.data_interval_start, r.data_interval_end, r.run_after, r.started_at AS run_started_at, r.conf,
            r.bundle_hash, r.path, ti.queue, ti.pool, ti.priority_weight, ti.hostname, ti.started_at
     FROM task_instance ti JOIN dag_run r ON r.id = ti.run_pk
-    WHERE ti.id = ANY(CAST(:ti_ids AS bigint[])) AND ti.state = 'running' ORDER BY ti.id""")
+    WHERE ti.id = ANY(:ti_ids) AND ti.state = 'running' ORDER BY ti.id""",
+    {"ti_ids": "bigint[]"},
+)
 
 _STATES = text("""
     SELECT DISTINCT ON (task_id) task_id, state FROM task_instance

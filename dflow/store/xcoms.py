@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, text
 
 from dflow.core.errors import StaleAttemptError
+from dflow.store.prepared import Prepared
 from dflow.store.rows import json_document
 
 
@@ -48,8 +49,8 @@ def put_many(tx: Connection, xcoms: Sequence[NewXCom]) -> set[str]:
     if not xcoms:
         return set()
     last = {(one.ti_id, one.attempt_id, one.key): one for one in xcoms}.values()
-    rows = tx.execute(
-        _PUT,
+    rows = _PUT.execute(
+        tx,
         {
             "ti_ids": [one.ti_id for one in last],
             "attempt_ids": [one.attempt_id for one in last],
@@ -109,21 +110,23 @@ def keys(tx: Connection, run_pk: int, task_id: str, map_index: int = -1) -> list
     return list(tx.execute(_KEYS, {"run_pk": run_pk, "task_id": task_id, "map_index": map_index}).scalars())
 
 
-_PUT = text("""
+_PUT = Prepared(
+    """
     WITH fenced AS MATERIALIZED (
         SELECT ti.id, ti.attempt_id, ti.run_pk, ti.task_id, ti.map_index FROM task_instance ti
         WHERE ti.state = 'running' AND (ti.id, ti.attempt_id) IN (
-            SELECT * FROM unnest(CAST(:ti_ids AS bigint[]), CAST(:attempt_ids AS uuid[])))
+            SELECT * FROM unnest(:ti_ids, :attempt_ids))
         ORDER BY ti.id FOR NO KEY UPDATE
     ), stored AS (
         INSERT INTO xcom (run_pk, task_id, map_index, key, value)
         SELECT f.run_pk, f.task_id, f.map_index, n.key, n.value
-        FROM unnest(CAST(:ti_ids AS bigint[]), CAST(:attempt_ids AS uuid[]), CAST(:keys AS text[]),
-                    CAST(:values AS jsonb[])) AS n(ti_id, attempt_id, key, value)
+        FROM unnest(:ti_ids, :attempt_ids, :keys, :values) AS n(ti_id, attempt_id, key, value)
         JOIN fenced f ON f.id = n.ti_id AND f.attempt_id = n.attempt_id
         ON CONFLICT (run_pk, task_id, map_index, key) DO UPDATE SET value = excluded.value, created_at = now()
     )
-    SELECT CAST(attempt_id AS text) FROM fenced""")
+    SELECT CAST(attempt_id AS text) FROM fenced""",
+    {"ti_ids": "bigint[]", "attempt_ids": "uuid[]", "keys": "text[]", "values": "jsonb[]"},
+)
 
 _GET = text("""
     SELECT value FROM xcom WHERE run_pk = :run_pk AND task_id = :task_id AND map_index = :map_index AND key = :key""")
