@@ -1,4 +1,4 @@
-"""The nudge: what an executor publishes for one admitted attempt. It carries ids, and names for people; nothing else."""
+"""The nudge: what an executor publishes for one admitted attempt. It carries ids, and names for people; no more."""
 
 from __future__ import annotations
 

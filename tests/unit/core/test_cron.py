@@ -194,3 +194,14 @@ def test_a_day_that_came_twice() -> None:
     assert first == ["30 12:30 +1100", "01 12:30 -1200", "02 12:30 -1200"]
     hours = ticks("@hourly", KWAJALEIN, "1969-09-30T11:30", 4)
     assert hours == ["30 23:00 +1100", "30 01:00 -1200", "30 02:00 -1200", "30 03:00 -1200"]
+
+
+def test_ticks_half_a_minute_apart() -> None:
+    """After a gap that ends between two minutes, in both directions."""
+    cron = parse("20,45 0 * * *")
+    pair = [at("1972-01-07T00:44:30"), at("1972-01-07T00:45:00")]
+    assert cron.next_after(pair[0], MONROVIA) == pair[1]
+    for seconds in range(0, 7200, 7):
+        assert cron.latest_at(pair[1] + timedelta(seconds=seconds), MONROVIA) == pair[1]
+    for seconds in range(30):
+        assert cron.latest_at(pair[0] + timedelta(seconds=seconds), MONROVIA) == pair[0]

@@ -174,3 +174,12 @@ def test_what_is_refused(schedule: ScheduleSpec, message: str) -> None:
 def test_the_end_of_the_calendar_is_no_error() -> None:
     century = ScheduleSpec(kind="delta", interval_seconds=36_500 * 86400.0)
     assert due(century, start=day(1), last=ran(datetime(9990, 1, 1, tzinfo=UTC)), catchup=True) is None
+
+
+def test_the_latest_missed_tick_while_the_clock_shows_an_hour_again() -> None:
+    """At the second 02:15 the daily run of 02:30 has been, though the clock shows less."""
+    schedule = ScheduleSpec(kind="delta", interval_seconds=86400, timezone="Europe/Berlin")
+    start = datetime(2026, 10, 20, 2, 30, tzinfo=zone_for("Europe/Berlin"))
+    assert due(schedule, start=start, now=datetime(2026, 10, 25, 1, 15, tzinfo=UTC)) == datetime(
+        2026, 10, 25, 0, 30, tzinfo=UTC
+    )
