@@ -22,14 +22,14 @@ from dflow.authoring.refusal import did_you_mean, not_supported, refusal, unknow
 from dflow.authoring.rules import TriggerRule
 from dflow.authoring.schedule import schedule_spec
 from dflow.authoring.task_group import TaskGroup, unique_id
-from dflow.core.errors import DagCycleError, DagDefinitionError, DuplicateTaskIdError, NotFoundError
+from dflow.core.errors import DagCycleError, DagDefinitionError, DuplicateTaskIdError
 from dflow.core.spec import ScheduleSpec
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from dflow.authoring.operator import BaseOperator
-    from dflow.core.spec import DagSpec, TaskSpec
+    from dflow.core.spec import DagSpec
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +182,7 @@ class DAG:
         self.task_dict: dict[str, BaseOperator] = {}
         self.task_group_dict: dict[str, TaskGroup] = {}
         self.used_ids: dict[str, BaseOperator | TaskGroup] = {}
+        self.suffixes: dict[str, int] = {}  # the last number given to a repeated id
         self.edge_labels: dict[tuple[str, str], str] = {}
         self.task_group = TaskGroup(None, dag=self)
 
@@ -213,7 +214,7 @@ class DAG:
             raise refusal(f"task {task.task_id!r} already belongs to DAG {task._dag.dag_id!r}")
         task_id = checks.identifier(group.child_id(task.label), "task_id with the prefix of its groups")
         if task_id in self.used_ids:
-            other = getattr(self.used_ids[task_id], "location", None)
+            other = self.used_ids[task_id]._location
             raise refusal(
                 f"task id {task_id!r} is already used in DAG {self.dag_id!r}{f' ({other})' if other else ''}; "
                 "choose another task_id",
@@ -228,7 +229,7 @@ class DAG:
 
     def free_task_id(self, label: str, group: TaskGroup | None) -> str:
         """Return ``label`` with the suffix that makes its full id free in ``group``."""
-        return unique_id(label, group or self.task_group, self.used_ids)
+        return unique_id(label, group or self.task_group)
 
     @property
     def tasks(self) -> list[BaseOperator]:
@@ -287,11 +288,12 @@ class DAG:
             try:
                 task.connect_arguments()  # once more: arguments may have been set after the task was made
             except DagDefinitionError as error:
-                raise error if error.file else refusal(error.message, at=task.location) from None
+                raise error if error.file else refusal(error.message, at=task._location) from None
         self._check_cycles()
         self._check_params()
+        first = self.start_date or min((t.start_date for t in self.task_dict.values() if t.start_date), default=None)
         for task in self.task_dict.values():
-            self._check_task(task)
+            self._check_task(task, first)
 
     def _check_cycles(self) -> None:
         cycle = find_cycle({task_id: task.downstream_task_ids for task_id, task in self.task_dict.items()})
@@ -299,14 +301,14 @@ class DAG:
             raise refusal(
                 f"the tasks of DAG {self.dag_id!r} depend on each other in a circle: {' >> '.join(cycle)}; "
                 "remove one of these relations",
-                at=self.task_dict[cycle[0]].location or self.location,
+                at=self.task_dict[cycle[0]]._location or self.location,
                 kind=DagCycleError,
             )
 
     def _check_params(self) -> None:
         for owner, params, location in (
             (f"DAG {self.dag_id!r}", self.params, self.location),
-            *((f"task {task.task_id!r}", task.params, task.location) for task in self.task_dict.values()),
+            *((f"task {task.task_id!r}", task.params, task._location) for task in self.task_dict.values()),
         ):
             for name in params:
                 param = params.get_param(name)
@@ -318,25 +320,24 @@ class DAG:
                     scheduled = "; a DAG with a schedule needs valid defaults" if self.schedule is not None else ""
                     raise refusal(f"{owner}: {error}{scheduled}", at=location) from None
 
-    def _check_task(self, task: BaseOperator) -> None:
+    def _check_task(self, task: BaseOperator, first: datetime | None) -> None:
         if self.fail_fast and not task.is_teardown and task.trigger_rule != TriggerRule.ALL_SUCCESS:
             raise refusal(
                 f"task {task.task_id!r} has trigger_rule {task.trigger_rule!r}; a DAG with fail_fast=True allows only "
                 "'all_success'",
-                at=task.location,
+                at=task._location,
             )
         if task.is_setup and task.is_teardown:
-            raise refusal(f"task {task.task_id!r} is a setup and a teardown; it can be one of them", at=task.location)
+            raise refusal(f"task {task.task_id!r} is a setup and a teardown; it can be one of them", at=task._location)
         if task.trigger_rule == TriggerRule.ALL_DONE_SETUP_SUCCESS and not task.is_teardown:
             raise refusal(
                 f"task {task.task_id!r} has trigger_rule 'all_done_setup_success', which only teardowns have",
-                at=task.location,
+                at=task._location,
             )
-        first = self.start_date or min((t.start_date for t in self.task_dict.values() if t.start_date), default=None)
         if task.start_date is not None and first is not None and task.start_date > first:
-            raise not_supported(f"start_date of task {task.task_id!r} later than that of its DAG", at=task.location)
+            raise not_supported(f"start_date of task {task.task_id!r} later than that of its DAG", at=task._location)
         if task.end_date is not None and (self.end_date is None or task.end_date < self.end_date):
-            raise not_supported(f"end_date of task {task.task_id!r} before that of its DAG", at=task.location)
+            raise not_supported(f"end_date of task {task.task_id!r} before that of its DAG", at=task._location)
 
     def warn_of_unused_defaults(self) -> None:
         """Log a warning for keys of default_args that no operator of the DAG takes; Airflow ignores them silently."""
@@ -358,14 +359,6 @@ class DAG:
         from dflow.authoring.spec_builder import to_spec
 
         return to_spec(self, defaults)
-
-    def to_spec_task(self, task_id: str, defaults: Defaults | None = None) -> TaskSpec:
-        """Return one task as plain data, without its effective priority; NotFoundError if there is none of that id."""
-        from dflow.authoring.spec_builder import task_spec
-
-        if task_id not in self.task_dict:
-            raise NotFoundError(f"DAG {self.dag_id!r} has no task {task_id!r}{did_you_mean(task_id, self.task_dict)}")
-        return task_spec(self.task_dict[task_id], defaults or Defaults())
 
     def test(
         self,

@@ -222,7 +222,7 @@ class BaseOperator(Node, metaclass=OperatorMeta):
             if given[name]:
                 raise not_supported(f"{name}= of {kind} {task_id!r} ({feature})")
 
-        self.location: Location | None = user_location()
+        self._location: Location | None = user_location()  # underscored: `location` is for subclasses
         self.upstream_task_ids: set[str] = set()
         self.downstream_task_ids: set[str] = set()
         self.label = checks.identifier(task_id, "task_id")

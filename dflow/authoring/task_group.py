@@ -45,7 +45,7 @@ class TaskGroup(Node):
     ) -> None:
         if unknown:
             raise unknown_arguments(f"TaskGroup {group_id!r}", unknown, _ARGUMENTS)
-        self.location = user_location()
+        self._location = user_location()
         self.children: dict[str, BaseOperator | TaskGroup] = {}
         self.prefix_group_id = prefix_group_id
         self.default_args = dict(default_args or {})
@@ -63,7 +63,7 @@ class TaskGroup(Node):
         assert parent is not None
         self.parent_group = parent
         if add_suffix_on_collision and parent.child_id(group_id) in self.dag.used_ids:
-            self._group_id = unique_id(group_id, parent, self.dag.used_ids)
+            self._group_id = unique_id(group_id, parent)
         parent._add_group(self)
 
     def _find_dag(self, dag: DAG | None, parent_group: TaskGroup | None) -> DAG:
@@ -203,17 +203,20 @@ _ARGUMENTS = (
 _SUFFIX = re.compile(r"__\d+$")
 
 
-def unique_id(label: str, group: TaskGroup | None, used: Mapping[str, object]) -> str:
+def unique_id(label: str, group: TaskGroup) -> str:
     """Return ``label``, or ``label__1``, ``label__2``, ... so that its full id is free (Airflow's TaskFlow rule)."""
-    full = group.child_id if group is not None else str
-    if full(label) not in used:
+    used, counters = group.dag.used_ids, group.dag.suffixes
+    if group.child_id(label) not in used:
         return label
     core = _SUFFIX.sub("", label)
-    prefix = full(core) + "__"
-    taken = [int(name[len(prefix) :]) for name in used if name.startswith(prefix) and name[len(prefix) :].isdecimal()]
-    return f"{core}__{max(taken, default=0) + 1}"
+    full = group.child_id(core)
+    number = counters.get(full, 0) + 1
+    while f"{full}__{number}" in used:
+        number += 1
+    counters[full] = number  # so that a thousand calls do not look at each other's ids
+    return f"{core}__{number}"
 
 
 def _where(member: object) -> str:
-    location = getattr(member, "location", None)
+    location = getattr(member, "_location", None)
     return f" ({location})" if location else ""

@@ -111,3 +111,17 @@ def test_task_without_dag_is_allowed_until_it_is_added() -> None:
     assert not result.operator.has_dag()
     DAG("d").add_task(result.operator)
     assert result.operator.dag_id == "d"
+
+
+def test_five_thousand_calls_are_quick_to_tell_apart() -> None:
+    with DAG("d") as dag:
+
+        @task
+        def use(x=None): ...
+
+        last = None
+        for _ in range(5_000):
+            last = use(last)
+    assert len(dag.task_dict) == 5_000
+    assert "use__4999" in dag.task_dict
+    assert len(dag.to_spec().tasks) == 5_000

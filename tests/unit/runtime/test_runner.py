@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
@@ -157,6 +158,19 @@ def test_execution_timeout() -> None:
 def test_execution_timeout_of_the_settings() -> None:
     config = {"CORE__DEFAULT_TASK_EXECUTION_TIMEOUT": "0.05"}
     assert run(lambda: threading.Event().wait(60), config=config).reason is Reason.TIMEOUT
+
+
+def test_execution_timeout_of_coroutines() -> None:
+    async def waits() -> None:
+        await asyncio.sleep(60)
+
+    async def works() -> None:
+        while True:
+            await asyncio.sleep(0)
+
+    for function in (waits, works):
+        outcome = run(function, operator={"execution_timeout": timedelta(milliseconds=50)})
+        assert outcome.reason is Reason.TIMEOUT
 
 
 def test_time_limit_is_lifted_afterwards() -> None:
@@ -505,3 +519,18 @@ print([name for name in ("jinja2", "jsonschema", "yaml", "sqlalchemy") if name i
     root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "[]"
+
+
+def test_subclasses_may_use_common_names_of_their_own() -> None:
+    class Query(BaseOperator):
+        def __init__(self, *, location: str, code: str, sql: str, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.location, self.code, self.sql = location, code, sql
+
+        def execute(self, context: Any) -> str:
+            return self.location
+
+    with DAG("d") as dag:
+        Query(task_id="t", location="EU", code="c", sql="select 1")
+    dag.to_spec()
+    assert attempt(dag, "t").xcoms == {"return_value": "EU"}
