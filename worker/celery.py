@@ -11,6 +11,7 @@ from celery import Celery
 from dflow import settings as settings_module
 from dflow.broker.app import TASK_NAME, make_app
 from dflow.settings import Settings
+from dflow.standalone.attach import attach
 
 if TYPE_CHECKING:
     from dflow.runtime.child import ChildLoop
@@ -66,4 +67,4 @@ def _make_loop(settings: Settings) -> ChildLoop:
         os._exit(_EXIT_UNFIT)
 
 
-app = make_worker_app(settings_module.load())
+app = make_worker_app(attach(settings_module.load(), source="the `dflow standalone` of this home"))

@@ -73,6 +73,8 @@ def flower(context: typer.Context) -> None:
     auth = {"FLOWER_BASIC_AUTH": celery.flower_basic_auth} if celery.flower_basic_auth else {}
     if not auth and celery.flower_host not in {"127.0.0.1", "::1", "localhost"}:
         warn("Flower will be open to everybody who can reach it; set celery.flower_basic_auth.")
+    elif not auth:
+        note("Flower's API (/api/...) answers only with a login; to use it, set celery.flower_basic_auth.")
     note(f"Flower: http://{celery.flower_host}:{celery.flower_port}{_path(celery.flower_url_prefix)}")
     _become_celery(settings, ["flower", *arguments, *context.args], auth)
 

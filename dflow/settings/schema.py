@@ -187,7 +187,8 @@ class CelerySettings:
     flower_url_prefix: str = _setting("", "The path Flower is served under behind a proxy, such as /flower.")
     flower_basic_auth: str = _setting(
         "",
-        "Who may use Flower: user:password, several separated by commas. Empty: everybody who can reach it.",
+        "Who may use Flower: user:password, several separated by commas. Empty: everybody who can reach it, and nobody "
+        "its API; `dflow standalone` makes a password of its own instead, in {home}/flower-auth.",
         secret=True,
         cmd=True,
     )

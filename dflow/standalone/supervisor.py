@@ -25,7 +25,7 @@ from dflow.core.errors import DflowError, ServerStartError
 from dflow.embedded import locations, postgres, redis
 from dflow.embedded.process import ProcessIdentity, tail
 from dflow.settings import Settings, redact_url
-from dflow.standalone import attach, components, display, ports, record
+from dflow.standalone import attach, components, display, flower_login, ports, record
 from dflow.standalone.components import Component
 from dflow.standalone.display import Display
 from dflow.store import schema
@@ -36,6 +36,7 @@ _SHOW_SECONDS: Final = 1.0
 _SHORT_GRACE_SECONDS: Final = 10.0
 _ORPHAN_GRACE_SECONDS: Final = 15.0
 _HURRIED_GRACE_SECONDS: Final = 1.0
+_LOGIN_SOURCE: Final = "made by dflow standalone"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +115,7 @@ class Supervisor:
         with record.locked(self._run_dir), self._stop.installed(), self._display:
             self._end_left_behind()
             try:
+                self._guard_flower()
                 self._start()
                 self._watch()
             finally:
@@ -126,6 +128,11 @@ class Supervisor:
         ended = record.end_left_behind(self._run_dir, grace_seconds=_ORPHAN_GRACE_SECONDS)
         if ended:
             self._say(f"An earlier supervisor was killed; ended what it left running: {', '.join(ended)}.")
+
+    def _guard_flower(self) -> None:
+        if self._plan.flower and not self._settings.celery.flower_basic_auth:
+            login = flower_login.ensure(self._settings.home)
+            self._settings = self._settings.with_values({"celery.flower_basic_auth": login}, source=_LOGIN_SOURCE)
 
     def _start(self) -> None:
         self._say(f"dflow {__version__} standalone, {self._settings.core.executor}, home {self._settings.home}")
@@ -171,9 +178,15 @@ class Supervisor:
         if self._plan.flower:
             prefix = settings.celery.flower_url_prefix.strip("/")
             self._say(f"  Flower    http://{settings.celery.flower_host}:{settings.celery.flower_port}/{prefix}")
+            self._say(f"            (user and password: {self._login_place()})")
         self._say(f"  DAG files {settings.core.dags_folder}")
         self._say(f"In another terminal: `{_command(settings)} dags trigger tz_report --wait`.")
         self._say("Ctrl-C here drains and stops everything.")
+
+    def _login_place(self) -> str:
+        origin = self._settings.explain("celery", "flower_basic_auth").winner.source
+        is_ours = origin == _LOGIN_SOURCE
+        return str(self._settings.home / flower_login.FILE_NAME) if is_ours else "celery.flower_basic_auth"
 
     # Watching
 

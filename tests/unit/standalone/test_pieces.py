@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
-from dflow.core.errors import ConflictError
+from dflow.core.errors import ConflictError, ServerStartError
 from dflow.embedded.process import ProcessIdentity
 from dflow.settings import load
-from dflow.standalone import log_files, ports, record
+from dflow.standalone import flower_login, log_files, ports, record
 from dflow.standalone.attach import attach
 from dflow.standalone.components import Component
 from dflow.standalone.display import Snapshot, summary
@@ -140,3 +140,27 @@ def test_the_summary_counts():
         name="w", hostname="h", state="live", executor="e", queues=("q",), concurrency=4, running=2, claimed=9
     )
     assert summary(Snapshot(runs=[run, run], workers=[worker])) == "runs: 2 running; workers: 1 (2 of 4 slots busy)"
+
+
+def test_the_login_for_flower_is_made_once_random_and_private(tmp_path):
+    login = flower_login.ensure(tmp_path)
+    user, password = login.split(":")
+    assert user == "dflow"
+    assert len(password) >= 24
+    assert flower_login.ensure(tmp_path) == login
+    assert [(path.name, path.stat().st_mode & 0o777) for path in tmp_path.iterdir()] == [("flower-auth", 0o600)]
+    (tmp_path / "flower-auth").unlink()
+    assert flower_login.ensure(tmp_path) != login
+
+
+def test_a_login_for_flower_may_be_ones_own(tmp_path):
+    (tmp_path / "flower-auth").write_text("ann:secret\n")
+    assert flower_login.ensure(tmp_path) == "ann:secret"
+
+
+@pytest.mark.parametrize("content", [b"secret", b":secret", b"ann:", b"ann:a\nbob:b", b"\xff\xfe:"])
+def test_a_login_file_with_something_else_ends_in_one_message_that_keeps_it_secret(tmp_path, content):
+    (tmp_path / "flower-auth").write_bytes(content)
+    with pytest.raises(ServerStartError, match=r"flower-auth.*Remove it") as told:
+        flower_login.ensure(tmp_path)
+    assert "secret" not in str(told.value)
