@@ -343,6 +343,7 @@ class Agent:
                 self._drain(message["grace"])
             case "stop":
                 self._is_stopping = True
+                self._read_everything()
                 self._drain(0.0)
             case "resize":
                 self._concurrency = message["concurrency"]
@@ -540,7 +541,7 @@ class Agent:
             return
         live = connection.live
         if live is None:
-            if op not in ("log", "started"):
+            if op not in ("log", "started", "finish"):
                 self._reply(connection, {"error": "this process runs no attempt", "ok": False})
             return
         if op == "started":
@@ -657,13 +658,11 @@ class Agent:
                 self._reply(request.connection, {"work": None})
             case "hand_back":
                 self._reply(request.connection, {"work": None})
-            case "finish":
-                if request.live is not None:
-                    request.live.is_ending = False  # the process reports another end
-                self._reply(request.connection, {"error": _short(error)})
-            case "died":
-                if request.live is not None:
-                    self._forget(request.live)  # the next renewal finds the row and hands it back
+            case "finish" if request.connection is not None:
+                self._pending.append(_unstorable(request, error))
+            case "finish" | "died":
+                assert request.live is not None
+                self._forget(request.live)  # the next renewal finds the row and hands it back
             case "log":
                 pass
             case _:
@@ -697,7 +696,6 @@ class Agent:
                 if not answer.is_applied:
                     log.warning("the end of attempt %s of %s came too late", request.live.attempt_id, request.live.name)
                 self._forget(request.live)
-                self._reply(request.connection, {"ok": answer.is_applied})
             case "died":
                 assert request.live is not None
                 if answer.is_applied and answer.change is not None and answer.change.reason is not Reason.CLEARED:
@@ -864,6 +862,14 @@ class Agent:
                 yield live.kill_at
             if self._drain_at is not None and not live.is_killed:
                 yield self._drain_at
+
+
+def _unstorable(request: Request, error: Exception) -> Request:
+    """What the task returned cannot be stored. Its effects have happened, so trying it again would help nobody."""
+    message = {"reason": Reason.FAIL_RAISED, "cause": f"the result of the task cannot be stored: {_short(error)}"}
+    if request.message.get("xcoms"):
+        message["lines"] = request.message["lines"]  # not to blame
+    return Request(op="finish", message=message, live=request.live, seq=request.seq)
 
 
 class Exit(NamedTuple):

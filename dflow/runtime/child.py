@@ -4,8 +4,10 @@
 
 A process makes one `ChildLoop` after its fork and calls `run_one` for every nudge it is given. Promises:
 
-- Nothing of a task runs before its claim is committed, and `run_one` returns only after its end is committed (or was
-  refused as stale), so the caller may acknowledge its message then.
+- Nothing of a task runs before its claim is committed. Its end is handed to the agent, which commits it together with
+  whatever else is waiting, the claim of this process's next attempt for one. `run_one` does not wait for that commit:
+  once an attempt is claimed its message has no further meaning (a redelivered one is refused), and the rows, not the
+  broker, remember what is under way. Should the agent die before the commit, the lease brings the attempt back.
 - A process whose agent is gone cannot know whether its lease still holds: it ends itself at once (`os._exit`), which
   also ends the task. It never reconnects in the middle of an attempt.
 - Cancellation arrives as SIGUSR1 and raises `TaskCancelled` in the main thread, only while a task runs.
@@ -31,7 +33,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
-from dflow.core.errors import AgentRequestError, AgentStartError, DagImportError, DflowError
+from dflow.core.errors import AgentStartError, DagImportError, DflowError
 from dflow.core.retry import after_user_failure
 from dflow.core.states import Reason, TaskState
 from dflow.runtime.client import AgentClient, exit_agent_gone
@@ -94,7 +96,7 @@ class ChildLoop:
         work, folder = claimed
         self._capture.begin()
         outcome = self._run(work, folder)
-        self._finish(work, outcome)
+        self._finish(outcome)
         return True
 
     def _run(self, work: Work, folder: str | None) -> Outcome:
@@ -173,15 +175,13 @@ class ChildLoop:
             retry_delay_seconds=decision.delay_seconds if decision.to_state is TaskState.UP_FOR_RETRY else None,
         )
 
-    def _finish(self, work: Work, outcome: Outcome) -> None:
+    def _finish(self, outcome: Outcome) -> None:
+        lines = self._capture.end()
         try:
-            is_recorded = self._client.finish(outcome, self._capture.end())
-        except (AgentRequestError, ValueError, TypeError) as error:
-            # What the task returned cannot be stored. Its effects have happened, so trying again helps nobody.
+            self._client.finish(outcome, lines)
+        except (ValueError, TypeError) as error:
             cause = f"the result of the task cannot be stored: {_one_line(error)}"
-            is_recorded = self._client.finish(Outcome(reason=Reason.FAIL_RAISED, cause=cause), [])
-        if not is_recorded:
-            log.warning("the end of attempt %s was not recorded: it was ended from outside before", work.attempt_id)
+            self._client.finish(Outcome(reason=Reason.FAIL_RAISED, cause=cause), [])
 
     def _tidy(self) -> None:
         """Undo what a task may do to its warm process that the next one would trip over."""

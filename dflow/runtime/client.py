@@ -1,7 +1,7 @@
 """The connection of one task process to its agent, and the requests a task process makes over it.
 
-One request at a time, answered in order; `started` and `log` frames are sent and not answered. Safe for several
-threads. When the agent is gone the process must not go on (nobody renews its lease): ``on_gone`` is called, which in a
+One request at a time, answered in order; `started`, `log` and `finish` frames are sent and not answered. Safe for
+several threads. When the agent is gone the process must not go on (nobody renews its lease): ``on_gone`` is called, which in a
 task process never returns.
 """
 
@@ -90,9 +90,12 @@ class AgentClient:
             }
         )
 
-    def finish(self, outcome: Outcome, lines: Sequence[RawLine]) -> bool:
-        """Report the end with the last log lines; True when it was recorded, False when the attempt was not ours."""
-        reply = self._request(
+    def finish(self, outcome: Outcome, lines: Sequence[RawLine]) -> None:
+        """Hand the end over, with the last log lines, and do not wait for its commit: see `dflow.runtime.child`.
+
+        Raises ValueError or TypeError for a result that has no JSON form or is too large for a frame.
+        """
+        self._send(
             {
                 "op": "finish",
                 "reason": outcome.reason,
@@ -104,7 +107,6 @@ class AgentClient:
                 "lines": lines,
             }
         )
-        return bool(reply["ok"])
 
     def send_lines(self, lines: Sequence[RawLine]) -> None:
         """Hand log lines over, without an answer. Blocks while the agent cannot take more."""
