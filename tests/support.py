@@ -110,13 +110,26 @@ class Cluster:
 
     def run(self, *arguments: str, label: str | None = None, env: dict[str, str] | None = None) -> Component:
         """Start `dflow ARGUMENTS` in a session of its own, its output in a file of the test's log directory."""
-        label = label or arguments[0]
+        return self._run(["dflow", *arguments], label or arguments[0], env)
+
+    def celery(self, *arguments: str, label: str | None = None, env: dict[str, str] | None = None) -> Component:
+        """Start `celery -A worker ARGUMENTS` likewise."""
+        return self._run(["celery", "-A", "worker", *arguments], label or arguments[0], env)
+
+    def celery_output(self, *arguments: str) -> str:
+        """Run `celery -A worker ARGUMENTS` to its end and return what it prints; fails when it fails."""
+        command = [sys.executable, "-m", "celery", "-A", "worker", *arguments]
+        done = subprocess.run(command, env=self._env, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done
+        return done.stdout
+
+    def _run(self, arguments: Sequence[str], label: str, env: dict[str, str] | None) -> Component:
         number = sum(one.name.startswith(label) for one in self.components)
         name = f"{label}-{number}" if number else label
         log_file = self.log_dir / f"{name}.log"
         with log_file.open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "dflow", *arguments],
+                [sys.executable, "-m", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -156,7 +156,9 @@ def programs(settings: Settings, env: Mapping[str, str], *, workers: int, flower
     commands: dict[str, Sequence[str]] = {"dag-processor": ["dag-processor"], "scheduler": ["scheduler"]}
     if settings.core.executor == "CeleryExecutor":
         for number in range(1, workers + 1):
-            commands[f"worker-{number}"] = ["worker", "--name", f"worker-{number}"]
+            # Flower would turn events on seconds later and not know the names of the first tasks.
+            events = ["--task-events"] if flower else []
+            commands[f"worker-{number}"] = ["worker", "--name", f"worker-{number}", *events]
         if flower:
             commands["flower"] = ["flower"]
     logs = settings.home / "logs"
