@@ -49,6 +49,8 @@ _RUNS_PER_PASS: Final = 100
 _STARTS_PER_PASS: Final = 20
 _SEVERAL_ENDS: Final = 4
 _BREATH_SECONDS: Final = 0.004  # after several ends: the next batch is larger, and batches are what is cheap
+_DEEP_BREATH_SECONDS: Final = 0.02  # ... and longer while the workers have so much work that nobody waits for us:
+_MUCH_WORK: Final = 64
 
 
 @dataclass(slots=True)
@@ -81,6 +83,7 @@ class Scheduler:
         self._publishing = Publishing(executor, republish_after_seconds=settings.scheduler.republish_after)
         self._poll_due_at = 0.0
         self._has_room_for_runs = False
+        self._in_flight = 0  # a guess: what this scheduler admitted and has not seen end; forgotten when all is quiet
 
     def run_once(self) -> Counts:
         """One pass. Raises what the store raises; then nothing has changed."""
@@ -89,6 +92,7 @@ class Scheduler:
         self._publishing.committed()
         self._throughput.ended(work.accounted.ends_by_queue, time.monotonic())
         self._has_room_for_runs = work.accounted.ended_runs > 0
+        self._note_in_flight(admitted=len(work.nudges), ended=work.accounted.ends)
         self._publishing.publish(work.nudges, again=work.lost)
         return {
             "ends": work.accounted.ends,
@@ -103,7 +107,7 @@ class Scheduler:
     def wait(self, counts: Counts) -> None:
         """Return when the next pass is due."""
         if counts["ends"] >= _SEVERAL_ENDS:
-            time.sleep(_BREATH_SECONDS)
+            time.sleep(_DEEP_BREATH_SECONDS if self._in_flight >= _MUCH_WORK else _BREATH_SECONDS)
         if not self._has_room_for_runs:  # after the end of a run, look at once whether another may start
             left = min(self._poll_due_at - time.monotonic(), self._timers.seconds_left())
             self._doorbell.wait(max(0.0, left))
@@ -111,6 +115,10 @@ class Scheduler:
     def close(self) -> None:
         """Write down what was published last, so that nobody publishes it again."""
         self._store.run(self._publishing.write_down_all, sync=False)
+
+    def _note_in_flight(self, *, admitted: int, ended: int) -> None:
+        is_quiet = not admitted and not ended
+        self._in_flight = 0 if is_quiet else max(0, self._in_flight + admitted - ended)
 
     def _transaction(self, tx: Tx) -> _Work:
         self._accounting.begin()
