@@ -1,15 +1,11 @@
-"""Celery's own tools on a running cluster: `inspect active` and Flower show dflow's tasks by name, under the attempt's id."""
+"""Celery's own tools on a running cluster: `inspect active` and Flower show tasks by name, under the attempt's id."""
 
 from __future__ import annotations
 
 import base64
 import json
-import os
-import re
 import signal
 import socket
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -17,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from dflow.settings import Settings
 from tests.support import Cluster, Component, eventually
 
 pytestmark = pytest.mark.integration
