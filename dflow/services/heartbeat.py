@@ -27,7 +27,7 @@ class ServiceHeartbeat:
     def __init__(self, store: Store, kind: str, *, health_url: str | None = None, every_seconds: float = 5.0) -> None:
         self.service_id = str(uuid.uuid4())
         self._store = store
-        self._kind = kind
+        self.kind = kind
         self._health_url = health_url
         self._every = every_seconds
         self._due_at = 0.0
@@ -43,7 +43,7 @@ class ServiceHeartbeat:
                 services.register(
                     tx,
                     service_id=self.service_id,
-                    kind=self._kind,
+                    kind=self.kind,
                     hostname=socket.gethostname(),
                     pid=os.getpid(),
                     health_url=self._health_url,

@@ -30,6 +30,7 @@ from dflow.core.messages import Nudge
 from dflow.executors.base import Executor
 from dflow.executors.registry import executor_for
 from dflow.services.accounting import Accounted, Accounting
+from dflow.services.affinity import Share
 from dflow.services.base import Counts, run_forever, stop_on_signals
 from dflow.services.health import Health, HealthServer
 from dflow.services.heartbeat import ServiceHeartbeat
@@ -47,6 +48,7 @@ log = logging.getLogger(__name__)
 
 _RUNS_PER_PASS: Final = 100
 _STARTS_PER_PASS: Final = 20
+_LOOK_AFTER_OTHERS_SECONDS: Final = 0.5  # how soon the runs of a scheduler that died are seen to
 _SEVERAL_ENDS: Final = 4
 _BREATH_SECONDS: Final = 0.004  # after several ends: the next batch is larger, and batches are what is cheap
 _DEEP_BREATH_SECONDS: Final = 0.02  # ... and longer while the workers have so much work that nobody waits for us:
@@ -69,7 +71,9 @@ class Scheduler:
 
     name = "scheduler"
 
-    def __init__(self, store: Store, executor: Executor, doorbell: Doorbell, settings: Settings) -> None:
+    def __init__(
+        self, store: Store, executor: Executor, doorbell: Doorbell, settings: Settings, *, share: Share | None = None
+    ) -> None:
         self._store = store
         self._executor_name = executor.name
         self._doorbell = doorbell
@@ -78,6 +82,7 @@ class Scheduler:
         self._poll_interval = settings.scheduler.poll_interval
         self.actor = f"scheduler {socket.gethostname()}:{os.getpid()}"
         self._accounting = Accounting(self.actor)
+        self._share = share
         self._timers = Timers(self.actor, poll_interval_seconds=self._poll_interval)
         self._throughput = Throughput()
         self._publishing = Publishing(executor, republish_after_seconds=settings.scheduler.republish_after)
@@ -110,6 +115,8 @@ class Scheduler:
             time.sleep(_DEEP_BREATH_SECONDS if self._in_flight >= _MUCH_WORK else _BREATH_SECONDS)
         if not self._has_room_for_runs:  # after the end of a run, look at once whether another may start
             left = min(self._poll_due_at - time.monotonic(), self._timers.seconds_left())
+            if self._share and not self._share.is_alone:
+                left = min(left, _LOOK_AFTER_OTHERS_SECONDS)
             self._doorbell.wait(max(0.0, left))
 
     def close(self) -> None:
@@ -124,7 +131,7 @@ class Scheduler:
         self._accounting.begin()
         is_poll = time.monotonic() >= self._poll_due_at
         retried = self._timers.fire(tx)
-        with_ends = take_ends(tx, _RUNS_PER_PASS)
+        with_ends = take_ends(tx, _RUNS_PER_PASS, self._share.current(tx) if self._share else None)
         # A ring with nothing in the inbox is how a new run or an unpaused DAG shows; a run that ended makes room.
         may_start = is_poll or self._has_room_for_runs or not with_ends
         started = runs.start_queued(tx, _STARTS_PER_PASS) if may_start else []
@@ -150,7 +157,8 @@ def main(settings: Settings) -> int:
     health = Health("scheduler", threshold_seconds=settings.scheduler.health_check_threshold)
     server = HealthServer(health, port=settings.scheduler.health_check_port).start()
     heartbeat = ServiceHeartbeat(store, "scheduler", health_url=server.url)
-    scheduler = Scheduler(store, executor, doorbell, settings)
+    share = Share(heartbeat.kind, heartbeat.service_id)
+    scheduler = Scheduler(store, executor, doorbell, settings, share=share)
     log.info("scheduler starts: executor %s, health at %s", executor.name, server.url)
     executor.start()
     services = Housekeeping(

@@ -15,6 +15,7 @@ from dflow.core.errors import PublishError
 from dflow.core.messages import Nudge
 from dflow.core.spec import DagSpec, TaskSpec
 from dflow.core.states import Reason, RunType, TaskState
+from dflow.services.affinity import Share
 from dflow.services.scheduler import Scheduler
 from dflow.settings import Settings
 from dflow.store import dags, runs, workers
@@ -54,8 +55,8 @@ class SchedulerRig:
         self.worker_id = str(uuid.uuid4())
         self._doorbells: list[LocalDoorbell] = []
 
-    def scheduler(self, executor: FakeExecutor | None = None) -> Scheduler:
-        return Scheduler(self.store, executor or self.executor, self.doorbell(), self.settings)
+    def scheduler(self, executor: FakeExecutor | None = None, *, share: Share | None = None) -> Scheduler:
+        return Scheduler(self.store, executor or self.executor, self.doorbell(), self.settings, share=share)
 
     def doorbell(self) -> LocalDoorbell:
         self._doorbells.append(LocalDoorbell(self.directory / "bell"))

@@ -21,6 +21,7 @@ from dflow.core.spec import ScheduleSpec
 from dflow.core.states import TaskState
 from dflow.core.timetable import DueRun
 from dflow.services import run_creator as run_creator_module
+from dflow.services.affinity import Share
 from dflow.services.heartbeat import ServiceHeartbeat
 from dflow.services.rescuer import Rescuer
 from dflow.services.run_creator import RunCreator
@@ -190,6 +191,29 @@ def test_schedulers_side_by_side_account_every_end_once(rig: SchedulerRig) -> No
     assert starts == [], "admitted more than once"
     with rig.store.begin() as tx:
         check_invariants(tx)
+
+
+def test_each_of_two_schedulers_takes_its_share_and_looks_after_the_other(rig: SchedulerRig) -> None:
+    rig.dag("d", CHAIN)
+    run_pks = [rig.trigger("d", number) for number in range(4)]
+    hearts = [ServiceHeartbeat(rig.store, "scheduler") for _ in range(2)]
+    for heart in hearts:
+        heart.beat()
+    one, other = (rig.scheduler(share=Share("scheduler", heart.service_id)) for heart in hearts)
+    one.run_once()
+    other.run_once()
+    rig.work(rig.executor.take())
+    counts = [one.run_once()["ends"], other.run_once()["ends"]]
+    assert counts == [2, 2], "the ends of each went to the scheduler whose they are"
+    rig.work(rig.executor.take())
+    ended = [0]
+
+    def alone() -> bool:  # the other one is gone; its runs are seen to all the same
+        ended[0] += one.run_once()["ends"]
+        return ended[0] == 4
+
+    eventually(alone, 20)
+    assert {rig.states(run_pk)["c"] for run_pk in run_pks} == {"queued"}
 
 
 def test_a_run_that_ends_makes_room_for_the_next_at_once(rig: SchedulerRig) -> None:
