@@ -34,17 +34,14 @@ def admit(tx: Connection, *, executor: str, limit: int, lookahead: Mapping[str, 
     rows = _ADMIT.execute(
         tx,
         {"executor": executor, "limit": limit, "lookahead": json.dumps(dict(lookahead)), "actor": actor},
-    ).all()
-    if not rows:
-        return []
-    run_ids = {row.id: row.run_id for row in tx.execute(_RUN_IDS, {"ids": list({row.run_pk for row in rows})})}
+    )
     return [
         Nudge(
             ti_id=row.id,
             attempt_id=row.attempt_id,
             dag_id=row.dag_id,
             task_id=row.task_id,
-            run_id=run_ids[row.run_pk],
+            run_id=row.run_id,
             map_index=row.map_index,
             queue=row.queue,
             priority_weight=row.priority_weight,
@@ -54,7 +51,6 @@ def admit(tx: Connection, *, executor: str, limit: int, lookahead: Mapping[str, 
 
 
 _LOCK = text("SELECT pg_advisory_xact_lock(:key)")
-_RUN_IDS = text("SELECT id, run_id FROM dag_run WHERE id = ANY(:ids)")
 
 # A worker that listens to "*" (the processes of a local executor) takes from one lane of that name; otherwise every
 # queue is a lane of its own.
@@ -116,4 +112,5 @@ _ADMIT = statement(
     {"executor": "text", "limit": "bigint", "lookahead": "jsonb", "actor": "text"},
     Effects(),
     skip_locked=True,
+    extra="(SELECT r.run_id FROM dag_run r WHERE r.id = moved.run_pk) AS run_id",
 )

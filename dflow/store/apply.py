@@ -98,11 +98,14 @@ def apply(tx: Connection, changes: Sequence[Change]) -> list[Applied]:
     return [to_applied(row) for row in rows]
 
 
-def statement(source: str, types: Mapping[str, str], effects: Effects, *, skip_locked: bool) -> Prepared:
+def statement(
+    source: str, types: Mapping[str, str], effects: Effects, *, skip_locked: bool, extra: str = "NULL AS extra"
+) -> Prepared:
     """Compose the one statement over a source query whose parameters have the given Postgres types.
 
-    ``source`` must yield the columns of `_COLUMNS`. ``skip_locked`` leaves out rows another transaction holds instead
-    of waiting for it: right for admission, which takes whatever it can have, wrong for an end that must be written.
+    ``source`` must yield the columns of `_COLUMNS`; ``extra`` is one more column of the result, over ``moved``.
+    ``skip_locked`` leaves out rows another transaction holds instead of waiting for it: right for admission, which
+    takes whatever it can have, wrong for an end that must be written.
     """
     parts = [_CHANGE.format(source=source), _LOCKED.format(wait="SKIP LOCKED" if skip_locked else ""), _MOVED, _EVENT]
     if effects.starts:
@@ -111,7 +114,7 @@ def statement(source: str, types: Mapping[str, str], effects: Effects, *, skip_l
         parts.append(_ATTEMPT)
     if effects.accounts:
         parts.append(_INBOX)
-    return Prepared("WITH " + ",\n".join(parts) + _RESULT, types)
+    return Prepared("WITH " + ",\n".join(parts) + _RESULT.format(extra=extra), types)
 
 
 def to_applied(row: Row[Any]) -> Applied:
@@ -153,9 +156,12 @@ _FROM_CHANGES = f"SELECT * FROM jsonb_to_recordset(:changes) AS c ({_COLUMNS})"
 
 _CHANGE = "change AS MATERIALIZED ({source})"
 
+# The array is for the planner: it takes a set from JSON for a hundred rows, and would rather read a table of a few
+# thousand task instances from end to end; of an array it expects ten, and takes the index.
 _LOCKED = """locked AS MATERIALIZED (
     SELECT ti.id FROM task_instance ti JOIN change c ON c.ti_id = ti.id
-    WHERE ti.state = c.from_state AND ti.attempt_id IS NOT DISTINCT FROM c.attempt_id
+    WHERE ti.id = ANY (ARRAY(SELECT ti_id FROM change))
+      AND ti.state = c.from_state AND ti.attempt_id IS NOT DISTINCT FROM c.attempt_id
     ORDER BY ti.id FOR UPDATE OF ti {wait})"""
 
 # The fence is repeated here: the row may have changed while `locked` waited for it.
@@ -190,7 +196,7 @@ _MOVED = """moved AS (
         cancel_requested_at = CASE WHEN c.to_state IN ('scheduled', 'none') THEN NULL ELSE ti.cancel_requested_at END,
         cancelled_by = CASE WHEN c.to_state IN ('scheduled', 'none') THEN NULL ELSE ti.cancelled_by END
     FROM change c, locked
-    WHERE ti.id = c.ti_id AND locked.id = ti.id
+    WHERE ti.id = ANY (ARRAY(SELECT id FROM locked)) AND ti.id = c.ti_id AND locked.id = ti.id
       AND ti.state = c.from_state AND ti.attempt_id IS NOT DISTINCT FROM c.attempt_id
     RETURNING ti.*, c.from_state, c.attempt_id AS fence, c.actor, c.exit_code, c.peak_rss_bytes, c.account)"""
 
@@ -216,5 +222,6 @@ _INBOX = """inbox AS (
     WHERE coalesce(account, true) AND state IN ('success', 'failed', 'skipped', 'upstream_failed', 'removed'))"""
 
 _RESULT = """
-SELECT id, run_pk, dag_id, task_id, map_index, CAST(attempt_id AS text) AS attempt_id, state, queue, priority_weight
+SELECT id, run_pk, dag_id, task_id, map_index, CAST(attempt_id AS text) AS attempt_id, state, queue, priority_weight,
+    {extra}
 FROM moved ORDER BY priority_weight DESC, id"""

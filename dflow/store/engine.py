@@ -202,7 +202,11 @@ def _parse(url: str) -> URL:
 def _make_engine(
     url: URL, *, pool_size: int, connect_timeout: float, statement_timeout: float, application_name: str
 ) -> Engine:
+    # Everything here reads by key or by a partial index. A plan that is kept (store/prepared.py) may have been made
+    # while a table was empty, and would then read it from end to end until the next analyze. Just-in-time compilation
+    # costs more than any of these statements.
     options = (
+        "-c enable_seqscan=off -c plan_cache_mode=force_generic_plan -c jit=off "
         "-c timezone=UTC -c default_transaction_isolation=read\\ committed "
         "-c idle_in_transaction_session_timeout=60s "
         f"-c statement_timeout={round(statement_timeout * 1000)}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from sqlalchemy import Connection, CursorResult, text
@@ -34,9 +34,9 @@ class Prepared:
         self._name = "dflow_" + hashlib.sha256(sql.encode()).hexdigest()[:16]
         numbers = {name: f"${number}" for number, name in enumerate(types, start=1)}
         body = _PARAMETER.sub(lambda match: numbers[match[1]], sql)
-        self._prepare = f"PREPARE {self._name} ({', '.join(types.values())}) AS {body}"
-        values = ", ".join(f"CAST(%({name})s AS {kind})" for name, kind in types.items())
-        self._execute = f"EXECUTE {self._name} ({values})"
+        self._prepare = f"PREPARE {self._name}{_in_parentheses(types.values())} AS {body}"
+        values = _in_parentheses(f"CAST(%({name})s AS {kind})" for name, kind in types.items())
+        self._execute = f"EXECUTE {self._name}{values}"
 
     def execute(self, tx: Connection, parameters: Mapping[str, Any]) -> CursorResult[Any]:
         """Run the statement in the transaction, preparing it first where this connection has not yet."""
@@ -49,3 +49,9 @@ class Prepared:
             tx.exec_driver_sql(self._prepare)
             known.add(self._name)
         return tx.exec_driver_sql(self._execute, dict(parameters))
+
+
+def _in_parentheses(parts: Iterable[str]) -> str:
+    """Return ``" (a, b)"``, and nothing for no parts: Postgres takes no empty parentheses here."""
+    joined = ", ".join(parts)
+    return f" ({joined})" if joined else ""

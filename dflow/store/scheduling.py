@@ -63,7 +63,7 @@ def take_ends(tx: Connection, limit: int, affinity: Affinity | None = None) -> l
 
 def has_scheduled(tx: Connection) -> bool:
     """Return whether any task instance waits for admission. One probe of a partial index."""
-    return bool(tx.execute(_HAS_SCHEDULED).scalar_one())
+    return bool(_HAS_SCHEDULED.execute(tx, {}).scalar_one())
 
 
 def lock_due_dags(tx: Connection, limit: int, *, leave_out: Sequence[str] = ()) -> list[tuple[Dag, int]]:
@@ -112,7 +112,7 @@ _TAKE_ENDS = Prepared(
     {"limit": "bigint", "index": "bigint", "count": "bigint", "grace_seconds": "double precision"},
 )
 
-_HAS_SCHEDULED = text("SELECT EXISTS (SELECT 1 FROM task_instance WHERE state = 'scheduled')")
+_HAS_SCHEDULED = Prepared("SELECT EXISTS (SELECT 1 FROM task_instance WHERE state = 'scheduled')", {})
 
 _DAG_COLUMNS = columns(" ".join(Dag.__dataclass_fields__), "d")
 
