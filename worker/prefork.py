@@ -6,7 +6,7 @@ agent needs the exit status (it alone writes the end) and needs it now.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from celery.concurrency import prefork
 from celery.concurrency.asynpool import AsynPool
@@ -14,8 +14,25 @@ from celery.concurrency.asynpool import AsynPool
 from worker import link
 
 
+_LOOK_SECONDS: Final = 0.02
+_LOOKS: Final = 50
+
+
 class ReportingPool(AsynPool):  # type: ignore[misc]  # Celery has no types
     """The pool of processes."""
+
+    def _event_process_exit(self, hub: Any, proc: Any) -> None:
+        """Called when a process has closed its descriptors, which is a moment before its status can be collected.
+
+        Celery looks once and then again only with its timer, seconds later.
+        """
+        super()._event_process_exit(hub, proc)
+        self._look_again(hub, proc, _LOOKS)
+
+    def _look_again(self, hub: Any, proc: Any, looks: int) -> None:
+        if proc.exitcode is None and looks:
+            self.maintain_pool()
+            hub.call_later(_LOOK_SECONDS, self._look_again, hub, proc, looks - 1)
 
     def process_flush_queues(self, worker: Any) -> None:
         """Called by billiard first of all for a process whose exit status it has collected."""

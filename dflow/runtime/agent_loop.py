@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 _READ_BYTES: Final = 256 * 1024
 _BACKLOG_BYTES: Final = 4 * 1024 * 1024  # of one process; it is not read from beyond that
 _SAMPLE_SECONDS: Final = 1.0
-_STATUS_WAIT_SECONDS: Final = 2.0  # how long a parent may take to say how its child ended
+_STATUS_WAIT_SECONDS: Final = 3.0  # how long a parent may take to say how its child ended
 _EXIT_KEPT_SECONDS: Final = 10.0
 _PARENT_CHECK_SECONDS: Final = 1.0
 _FIRST_PAUSE_SECONDS: Final = 0.1
@@ -802,10 +802,12 @@ class Agent:
         """Its process is gone without a word. The parent says how; what we did to it ourselves we know."""
         assert live.died_at is not None
         pid = live.process.pid
+        if not live.is_killed:
+            # What it left behind; also, a process it forked keeps its parent from noticing its death.
+            live.is_killed = True
+            live.process.kill_tree(f"{ATTEMPT_VARIABLE}={live.attempt_id}")
         if live.kind is None and pid not in self._exits and now < live.died_at + _STATUS_WAIT_SECONDS:
             return
-        if not live.is_killed:
-            live.process.kill_tree(f"{ATTEMPT_VARIABLE}={live.attempt_id}")  # what it left behind
         exit_code = self._exits[pid].code if pid in self._exits else None
         is_out_of_memory = exit_code in (None, -signal.SIGKILL) and live.kind is None and self._oom.has_risen()
         live.is_ending = True
