@@ -23,7 +23,7 @@ from typing import Final
 from dflow.services.bundle_scan import Scan
 from dflow.services.code_store import Snapshots, StoredBundle, store_bundle
 from dflow.services.dag_publishing import Published, Publishing, report
-from dflow.services.parse_plan import FileRecord, Fingerprints, ParsePlan, plan_parsing
+from dflow.services.parse_plan import MADE_WITH, FileRecord, Fingerprints, ParsePlan, plan_parsing
 from dflow.services.parse_pool import Failure, Parsed, ParseOptions, ParsePool, user_code_env
 from dflow.services.retries import Retries
 from dflow.settings import Settings
@@ -46,24 +46,25 @@ class Tools:
     bundle_names: frozenset[str]  # the bundles this dag-processor takes care of
     stop: threading.Event
     on_progress: Callable[[], None]  # called after each parsed file
+    made_with: str  # differs when the same file may give another DAG: other defaults, another dflow or Python
 
 
 class BundlePass:
-    """One pass; made, run once and thrown away."""
+    """One pass; made, run once and thrown away. ``is_first``: this process has not finished one for the bundle yet."""
 
-    def __init__(self, name: str, scan: Scan, retries: Retries, tools: Tools) -> None:
-        self._name, self._scan, self._retries, self._tools = name, scan, retries, tools
+    def __init__(self, name: str, scan: Scan, retries: Retries, tools: Tools, *, is_first: bool) -> None:
+        self._name, self.scan, self._retries, self._tools = name, scan, retries, tools
         self._store: Store = tools.store
+        self._is_first = is_first
 
     def run(self) -> Counter[str]:
-        """Do it; raises FolderChanged when a file changed since the scan. ``pending`` counts files left over."""
-        bundle = store_bundle(self._store, self._name, self._scan)
+        """Do it; ``pending`` counts files left over. Afterwards ``scan`` is what was stored."""
+        bundle = store_bundle(self._store, self._name, self.scan)
+        self.scan = bundle.scan
         known = self._store.run(self._load_known)
         plan = self._plan(bundle, known)
         self._store.run(lambda tx: self._report_unreadable(tx, known))
         results = self._parse(plan.parse, self._publishing(bundle, known)) if plan.parse else []
-        for one in results:
-            self._note(one, bundle.hash)
         counts = Counter(
             blobs=bundle.new_blobs,
             parsed=len(results),
@@ -82,16 +83,16 @@ class BundlePass:
     def _dag_files(self) -> set[str]:
         """The files to parse, if anything about them changed."""
         return {
-            path for path, entry in self._scan.files.items() if entry.is_dag_candidate and not self._is_unreadable(path)
+            path for path, entry in self.scan.files.items() if entry.is_dag_candidate and not self._is_unreadable(path)
         }
 
     @cached_property
     def _unreadable_modules(self) -> set[str]:
-        return {path for path in self._scan.unreadable if path.endswith(".py")}
+        return {path for path in self.scan.unreadable if path.endswith(".py")}
 
     def _is_unreadable(self, path: str) -> bool:
         """Is it one that cannot be read now, or below a directory that cannot be listed?"""
-        unreadable = self._scan.unreadable
+        unreadable = self.scan.unreadable
         return path in unreadable or any(path.startswith(one) for one in unreadable if one.endswith("/"))
 
     def _load_known(self, tx: Tx) -> _Known:
@@ -105,19 +106,18 @@ class BundlePass:
         )
 
     def _plan(self, bundle: StoredBundle, known: _Known) -> ParsePlan:
-        return plan_parsing(
-            manifest=bundle.manifest,
-            candidates=self._dag_files,
-            records=known.records,
-            retry=self._retries.due(known.errors, bundle.hash) | known.lost,
-        )
+        retry = self._retries.due(known.errors, bundle.hash) | known.lost
+        if self._is_first:  # and only then: two dag-processors of different versions must not go round in circles
+            made_with = self._tools.made_with
+            retry |= {path for path, row in known.records.items() if row.imports.get(MADE_WITH, made_with) != made_with}
+        return plan_parsing(manifest=bundle.manifest, candidates=self._dag_files, records=known.records, retry=retry)
 
     # Parse and publish
 
     def _report_unreadable(self, tx: Tx, known: _Known) -> None:
         """Make an import error of each module that cannot be read; what is known of it stays."""
         for path in sorted(self._unreadable_modules):
-            failure = Failure(message=f"{path} {self._scan.unreadable[path]}")
+            failure = Failure(message=f"{path} {self.scan.unreadable[path]}")
             report(tx, self._name, path, failure, known.errors.get(path))
 
     def _publishing(self, bundle: StoredBundle, known: _Known) -> Publishing:
@@ -134,6 +134,7 @@ class BundlePass:
             bundle_hash=bundle.hash,
             manifest=bundle.manifest,
             fingerprints=Fingerprints(bundle.manifest),
+            made_with=self._tools.made_with,
             root=self._tools.snapshots.of(self._name, bundle.hash, bundle.manifest),
             may_own=may_own,
             is_paused_by_default=core.dags_are_paused_at_creation,
@@ -155,8 +156,12 @@ class BundlePass:
                     postponed[parsed.path] = parsed
                 else:
                     results.append(one)
+                    self._note(one, publishing.bundle_hash)
                 self._tools.on_progress()
-        return results + _publish_postponed(publishing, self._name, postponed, left)
+        late = _publish_postponed(publishing, self._name, postponed, left)
+        for one in late:
+            self._note(one, publishing.bundle_hash)
+        return results + late
 
     def _sandboxed(self, paths: Sequence[str], root: Path) -> Generator[Parsed, None, None]:
         settings = self._tools.settings

@@ -9,7 +9,9 @@ that stay inside are followed, as Kubernetes mounts ConfigMaps in this way.
 
 Promises: a hash is always the hash of bytes that were read in one piece from a file that did not change meanwhile, or
 the file is read again in the next scan. A file that cannot be read keeps its last known hash and is reported in
-``unreadable``. A folder that cannot be read raises `FolderUnavailableError` and says nothing about its files.
+``unreadable``. A file that is no module and changes all the time (somebody's log) keeps its hash until it is quiet, so
+that it does not fill the database. A folder that cannot be read raises `FolderUnavailableError` and says nothing about
+its files.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ _READ_ATTEMPTS: Final = 3
 # A file written twice within one tick of the file system's clock has the same times both times (FAT: 2 s), so times
 # as young as this prove nothing yet; git calls such entries racy.
 _RACY_SECONDS: Final = 2.5
+_RESTLESS_CHANGES: Final = 10
+_QUIET_SECONDS: Final = 30.0
 _IGNORED_NAMES: Final = frozenset({"__pycache__"})
 _IGNORED_SUFFIXES: Final = (".pyc", ".pyo", "~")
 
@@ -47,6 +51,8 @@ class FileEntry:
     size: int
     is_dag_candidate: bool  # its bytes speak of DAGs, see `mentions_dags`
     signature: tuple[int, ...] | None
+    changed_at: float = 0.0  # when a scan found other content than the scan before, seconds since the epoch
+    restless: int = 0  # how often that happened without a quiet time in between
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,13 +91,24 @@ def scan(folder: Path, previous: Scan | None = None) -> Scan:
     )
 
 
-def read_as(root: Path, path: str, sha256: str) -> bytes | None:
-    """Return the content of a file of the bundle if it still has that hash, else None."""
-    try:
-        content, _ = _read(root / path)
-    except OSError:
-        return None
-    return content if hashlib.sha256(content).hexdigest() == sha256 else None
+def read(root: Path, path: str, known: FileEntry | None = None) -> tuple[bytes, FileEntry]:
+    """Return the content of a file as it is now, and its entry. Raises OSError."""
+    content, signature = _read(root / path)
+    sha256 = hashlib.sha256(content).hexdigest()
+    changed_at, restless = time.time(), 0
+    if known is not None:
+        is_quiet = changed_at - known.changed_at > _QUIET_SECONDS
+        restless = 0 if is_quiet else known.restless + (known.sha256 != sha256)
+        changed_at = changed_at if known.sha256 != sha256 else known.changed_at
+    entry = FileEntry(
+        sha256=sha256,
+        size=len(content),
+        is_dag_candidate=path.endswith(".py") and mentions_dags(content),
+        signature=signature,
+        changed_at=changed_at,
+        restless=restless,
+    )
+    return content, entry
 
 
 def mentions_dags(content: bytes) -> bool:
@@ -170,22 +187,21 @@ class _Walk:
         if known is not None and known.signature == _signature(info):
             yield path, known
             return
+        if known is not None and _is_restless(path, known, info):
+            self.warnings.append(
+                f"{path} changes all the time; what is stored stays as it was until it has not changed for "
+                f"{_QUIET_SECONDS:g} s. Keep data outside the DAG folder or name it in {dflowignore.FILE_NAME}"
+            )
+            yield path, known
+            return
         try:
-            content, signature = _read(file)
+            _, entry = read(self._root, path, known)
         except FileNotFoundError:
             return
         except OSError as error:
             yield from self._keep(path, f"cannot be read: {error.strerror or error}")
             return
-        yield (
-            path,
-            FileEntry(
-                sha256=hashlib.sha256(content).hexdigest(),
-                size=len(content),
-                is_dag_candidate=path.endswith(".py") and mentions_dags(content),
-                signature=signature,
-            ),
-        )
+        yield path, entry
 
     def _rules_in(self, directory: Path, relative: str) -> tuple[dflowignore.Rule, ...]:
         try:
@@ -226,6 +242,12 @@ def _read(file: Path) -> tuple[bytes, tuple[int, ...] | None]:
             signature = None if is_racy else _signature(after)
             break
     return content, signature
+
+
+def _is_restless(path: str, known: FileEntry, info: os.stat_result) -> bool:
+    """Has the file changed so often lately that its content is not looked at for now?"""
+    is_young = time.time() - info.st_mtime < _QUIET_SECONDS
+    return known.restless >= _RESTLESS_CHANGES and is_young and not path.endswith(".py")
 
 
 def _signature(info: os.stat_result) -> tuple[int, ...]:

@@ -19,7 +19,6 @@ from typing import Final
 from dflow.services import bundle_scan
 from dflow.services.bundle_pass import BundlePass, Tools
 from dflow.services.bundle_scan import FolderUnavailableError, Scan
-from dflow.services.code_store import FolderChanged
 from dflow.services.retries import Retries
 from dflow.store import dag_files
 from dflow.store.locks import bundle_lock
@@ -37,6 +36,7 @@ class BundleSync:
         self._scan: Scan | None = None
         self._retries = Retries()
         self._in_step: tuple[object, ...] | None = None  # folder and rows as they were after the last full pass
+        self._has_finished = False
         self._warned_at: dict[str, float] = {}
 
     def run_once(self) -> Counter[str]:
@@ -49,12 +49,11 @@ class BundleSync:
         with bundle_lock(self._tools.store, self.name) as is_ours:
             if not is_ours:
                 return Counter(locked=1)
-            try:
-                counts = BundlePass(self.name, scan, self._retries, self._tools).run()
-            except FolderChanged as changed:
-                log.info("%s changed while it was stored; looking again", changed)
-                return Counter(pending=1)
-            self._in_step = None if counts["pending"] else self._state(scan)
+            work = BundlePass(self.name, scan, self._retries, self._tools, is_first=not self._has_finished)
+            counts = work.run()
+            self._scan = work.scan
+            self._has_finished |= not counts["pending"]
+            self._in_step = None if counts["pending"] else self._state(work.scan)
         return counts
 
     def _look(self) -> Scan | None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from dflow.runtime.bundles import BundleCache
 from dflow.services import bundle_scan
-from dflow.services.bundle_scan import Scan
+from dflow.services.bundle_scan import FileEntry, Scan
 from dflow.settings import Settings
 from dflow.store import bundles
 from dflow.store.engine import Store, Tx
@@ -27,29 +27,29 @@ _BATCH_FILES: Final = 200
 _SNAPSHOTS_KEPT: Final = 4
 
 
-class FolderChanged(Exception):
-    """A file is no longer what the scan saw."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredBundle:
-    """A bundle as it is in the store."""
+    """A bundle as it is in the store, and the scan that describes it."""
 
     hash: str
     manifest: Mapping[str, str]  # path -> sha256
+    scan: Scan
     new_blobs: int
 
 
 def store_bundle(store: Store, name: str, scan: Scan) -> StoredBundle:
-    """Store the contents that are new, and the manifest. Raises FolderChanged when a file changed since the scan."""
+    """Store the contents that are new, and the manifest.
+
+    A file that has changed since the scan is stored as it is now, and the scan is corrected; one that vanished or
+    cannot be read any more is left out.
+    """
     missing = store.run(lambda tx: bundles.missing_blobs(tx, scan.manifest.values()))
-    # A file that cannot be read now and was never stored cannot be part of it.
-    manifest = {p: sha for p, sha in scan.manifest.items() if p not in scan.unreadable or sha not in missing}
-    missing.intersection_update(manifest.values())
-    for batch in _batches(scan, missing):
+    files, unreadable = dict(scan.files), dict(scan.unreadable)
+    for batch in _batches(scan, missing, files, unreadable):
         _put(store, batch)
-    bundle_hash = store.run(lambda tx: bundles.put_bundle(tx, name, manifest))
-    return StoredBundle(hash=bundle_hash, manifest=manifest, new_blobs=len(missing))
+    stored = replace(scan, files=files, unreadable=unreadable)
+    bundle_hash = store.run(lambda tx: bundles.put_bundle(tx, name, stored.manifest))
+    return StoredBundle(hash=bundle_hash, manifest=stored.manifest, scan=stored, new_blobs=len(missing))
 
 
 class Snapshots:
@@ -79,22 +79,28 @@ def _put(store: Store, batch: Mapping[str, bytes]) -> None:
     store.run(lambda tx: bundles.put_blobs(tx, batch))
 
 
-def _batches(scan: Scan, missing: set[str]) -> Iterator[dict[str, bytes]]:
-    """Read the missing contents, each once, a bounded number of bytes at a time."""
-    left = set(missing)
+def _batches(
+    scan: Scan, missing: set[str], files: dict[str, FileEntry], unreadable: dict[str, str]
+) -> Iterator[dict[str, bytes]]:
+    """Read the missing contents, each once, a bounded number of bytes at a time; corrects what the scan saw."""
+    read: set[str] = set()
     batch: dict[str, bytes] = {}
     size = 0
     for path, entry in scan.files.items():
-        if entry.sha256 not in left:
+        if entry.sha256 not in missing or entry.sha256 in read:
             continue
         if batch and (size + entry.size > _BATCH_BYTES or len(batch) >= _BATCH_FILES):
             yield batch
             batch, size = {}, 0
-        content = bundle_scan.read_as(scan.root, path, entry.sha256)
-        if content is None:
-            raise FolderChanged(path)
-        left.discard(entry.sha256)
-        batch[entry.sha256] = content
-        size += entry.size
+        try:
+            content, files[path] = bundle_scan.read(scan.root, path, entry)
+        except OSError as error:
+            del files[path]
+            if not isinstance(error, FileNotFoundError):
+                unreadable[path] = f"cannot be read: {error.strerror or error}"
+            continue
+        read.add(files[path].sha256)
+        batch[files[path].sha256] = content
+        size += len(content)
     if batch:
         yield batch

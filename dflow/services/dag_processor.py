@@ -8,14 +8,18 @@ next run is due. Any number of dag-processors may run side by side over the same
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import platform
 import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+import dflow
 import dflow.examples
+from dflow.authoring.defaults import Defaults
 from dflow.services.base import Counts, run_forever, stop_on_signals
 from dflow.services.bundle_pass import Tools
 from dflow.services.bundle_sync import BundleSync
@@ -30,6 +34,7 @@ log = logging.getLogger(__name__)
 
 DAGS: Final = "dags"
 EXAMPLES: Final = "examples"
+_NOTHING_DONE: Final = frozenset({"locked", "unavailable", "pending"})
 
 
 class DagProcessor:
@@ -57,6 +62,7 @@ class DagProcessor:
             bundle_names=frozenset(folders),
             stop=self._stop,
             on_progress=on_progress,
+            made_with=_made_with(settings),
         )
         self._bundles = [BundleSync(name, folder, tools) for name, folder in folders.items()]
 
@@ -72,13 +78,13 @@ class DagProcessor:
         for bundle in self._bundles:
             if not self._stop.is_set():
                 counts += bundle.run_once()
-        if counts:
+        if counts.keys() - _NOTHING_DONE:
             log.info("pass: %s", ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
         return counts
 
     def wait(self, counts: Counts) -> None:
-        """Return when the next pass is due: at once when this one left something over."""
-        if not counts.get("pending"):
+        """Return when the next pass is due: at once when this one got on but left something over."""
+        if not (counts.get("pending") and counts.get("parsed")):
             self._stop.wait(self._scan_interval)
 
     def _leave_other_bundles(self, tx: Tx) -> None:
@@ -97,6 +103,12 @@ def bundle_folders(settings: Settings) -> dict[str, Path]:
     if settings.core.load_examples:
         folders[EXAMPLES] = Path(dflow.examples.__file__).parent
     return folders
+
+
+def _made_with(settings: Settings) -> str:
+    """Return a text that differs when the same DAG file may give another DAG."""
+    defaults = hashlib.sha256(repr(Defaults.from_settings(settings)).encode()).hexdigest()[:16]
+    return f"dflow {dflow.__version__}, Python {platform.python_version()}, defaults {defaults}"
 
 
 def main(settings: Settings) -> int:

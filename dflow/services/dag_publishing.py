@@ -19,7 +19,7 @@ from pathlib import Path
 from dflow.core.errors import StoreUnavailableError
 from dflow.core.spec import DagSpec
 from dflow.core.timetable import next_run
-from dflow.services.parse_plan import Fingerprints
+from dflow.services.parse_plan import MADE_WITH, Fingerprints
 from dflow.services.parse_pool import Failure, Parsed
 from dflow.store import dag_files, dags, import_errors, runs
 from dflow.store.engine import Store, Tx
@@ -53,6 +53,7 @@ class Publishing:
     root: Path  # the snapshot the files were parsed from
     manifest: Mapping[str, str]
     fingerprints: Fingerprints
+    made_with: str
     may_own: Callable[[str, str], bool]
     is_paused_by_default: bool
     is_code_stored: bool
@@ -143,7 +144,7 @@ class Publishing:
             bundle_name=self.bundle_name,
             path=parsed.path,
             sha256=self.manifest[parsed.path],
-            imports=self.fingerprints.of_all(path for path in parsed.touched if path != parsed.path),
+            imports={**self.fingerprints.of_all(set(parsed.touched) - {parsed.path}), MADE_WITH: self.made_with},
             dag_ids=dag_ids,
             duration_seconds=parsed.duration_seconds,
         )

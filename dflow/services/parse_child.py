@@ -2,7 +2,7 @@
 
 `dflow.services.parse_host` forks for each file; the fork calls `parse` and never returns from it. This is the only
 place besides a task's own process where user code is imported. What the file may use is limited here: memory
-(RLIMIT_AS), time of the import (an exception in the middle of it, so that the error shows where it hung), no core
+(RLIMIT_DATA), time of the import (an exception in the middle of it, so that the error shows where it hung), no core
 dumps, no open files but the two pipes and /dev/null, a session of its own, and an end together with the host.
 
 The answer, length-prefixed, is ``{"dags": [...], "touched": [...], "listed": [...]}`` or ``{"failure": {"message",
@@ -104,16 +104,20 @@ def _import(root: Path, path: str, request: Mapping[str, Any]) -> dict[str, Any]
 
 @contextmanager
 def _memory_limit(limit_bytes: int) -> Iterator[None]:
-    """Limit the address space; the hard limit leaves room to report a MemoryError afterwards."""
+    """Limit what may be allocated; the hard limit leaves room to report a MemoryError afterwards.
+
+    RLIMIT_DATA (Linux 4.7) counts private writable memory. RLIMIT_AS would count mapped libraries and reservations too,
+    of which numerical packages have gigabytes without using any.
+    """
     if limit_bytes <= 0:
         yield
         return
     hard = limit_bytes + _REPORT_HEADROOM_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, hard))
+    resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, hard))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
 
 
 @contextmanager

@@ -5,8 +5,9 @@ the bundle, data files it opened, directories it listed. A file whose last parse
 anything in the bundle changed, because what it lacked may be what was added. Files that do not speak of DAGs are not
 parsed.
 
-The dependencies of a file are kept as ``{path: fingerprint}``: the sha256 of a file, the fingerprint of a listing for a
-directory ("conf/", "./" for the root), and "" for something that was not there.
+The dependencies of a file are kept as ``{path: fingerprint}``: the sha256 of a file, the fingerprint of a listing for
+a directory ("conf/", "./" for the root), and "" for something that was not there. Under `MADE_WITH` is what else the
+result depends on: the defaults of settings, the versions of dflow and Python.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Final
 
 ROOT_LISTING: Final = "./"
 ABSENT: Final = ""
+MADE_WITH: Final = "//made-with"  # no path of a bundle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +86,9 @@ class Fingerprints:
 
 def _is_current(path: str, manifest: Mapping[str, str], record: FileRecord, fingerprints: Fingerprints) -> bool:
     return record.sha256 == manifest[path] and all(
-        fingerprints.of(dependency) == fingerprint for dependency, fingerprint in record.imports.items()
+        fingerprints.of(dependency) == fingerprint
+        for dependency, fingerprint in record.imports.items()
+        if dependency != MADE_WITH
     )
 
 

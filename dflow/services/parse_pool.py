@@ -35,6 +35,8 @@ from dflow.settings import Settings, all_settings
 
 log = logging.getLogger(__name__)
 
+# Numerical packages start a thread for each core when they are imported, with a stack and buffers each.
+_THREAD_COUNTS: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _STOP_POLL_SECONDS: Final = 0.2
 _HOST_GRACE_SECONDS: Final = 15.0  # beyond a file's own limit, before a silent host counts as broken
 
@@ -247,6 +249,7 @@ def user_code_env(settings: Settings, env: Mapping[str, str] = os.environ) -> di
     resolved = {**env, **settings.as_env(), "DFLOW_HOME": str(settings.home)}
     return {
         **{name: value for name, value in resolved.items() if not is_hidden(name)},
+        **{name: env.get(name, "1") for name in _THREAD_COUNTS},
         "PYTHONHASHSEED": "0",  # a DAG built by looping over a set has the same structure every time
         "PYTHONDONTWRITEBYTECODE": "1",  # the snapshot of a bundle stays what its hash says
     }

@@ -187,7 +187,7 @@ def test_who_imports_a_changed_module_is_parsed_again(world: World) -> None:
     world.write("etl.py", looping + "    for name in names.TASKS: EmptyOperator(task_id=name)\n")
     world.write("other.py", dag_file("other"))
     world.run()
-    assert set(world.files()["etl.py"].imports) == {"lib/names.py"}
+    assert "lib/names.py" in world.files()["etl.py"].imports
     world.write("lib/names.py", "TASKS = ['a', 'b']\n")
     counts = world.run()
     assert (counts["parsed"], counts["new_versions"]) == (1, 1)
@@ -442,6 +442,37 @@ def test_what_was_parsed_is_what_was_stored(world: World) -> None:
     world.run()
     spec = world.store.run(lambda tx: dags.get_spec(tx, world.dag("etl").version_id or 0))
     assert spec.description == "from pathlib"
+
+
+def test_a_file_that_changes_while_it_is_stored_is_stored_as_it_is_then(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.write("etl.py", dag_file("etl"))
+    world.write("gone.py", dag_file("gone"))
+    changed = dag_file("etl", tasks="a b")
+    real = bundles.missing_blobs
+
+    def missing_blobs(tx, shas):
+        world.write("etl.py", changed)
+        (world.folder / "gone.py").unlink(missing_ok=True)
+        return real(tx, shas)
+
+    monkeypatch.setattr(bundles, "missing_blobs", missing_blobs)
+    world.run()
+    assert world.manifest("etl") == {"etl.py": hashlib.sha256(changed.encode()).hexdigest()}
+    assert world.active() == {"etl"}
+    assert world.run() == {}
+
+
+def test_other_defaults_make_other_dags_of_the_same_files(world: World) -> None:
+    world.write("etl.py", dag_file("etl"))
+    world.run()
+    world.restart(operators__default_queue="heavy")
+    assert world.run()["parsed"] == 1
+    spec = world.store.run(lambda tx: dags.get_spec(tx, world.dag("etl").version_id or 0))
+    assert spec.tasks[0].queue == "heavy"
+    world.restart(operators__default_queue="heavy")
+    assert world.run() == {}
 
 
 def test_a_locked_bundle_is_left_to_the_other_processor(world: World) -> None:

@@ -190,13 +190,19 @@ def test_safe_mode(tmp_path: Path, text: str, expected: bool) -> None:
     assert not files["a.txt"].is_dag_candidate
 
 
-def test_reading_for_the_store_checks_the_hash(tmp_path: Path) -> None:
-    write(tmp_path, "a.py", "a")
-    sha = hashlib.sha256(b"a").hexdigest()
-    assert bundle_scan.read_as(tmp_path, "a.py", sha) == b"a"
-    write(tmp_path, "a.py", "b")
-    assert bundle_scan.read_as(tmp_path, "a.py", sha) is None
-    assert bundle_scan.read_as(tmp_path, "gone.py", sha) is None
+def test_a_restless_data_file_is_left_alone_until_it_is_quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle_scan, "_RESTLESS_CHANGES", 3)
+    result: Scan | None = None
+    for number in range(8):
+        for name in ("app.log", "etl.py"):
+            write(tmp_path, name, "x" * number, age_seconds=1)
+        result = scan(tmp_path, result)
+    assert result is not None
+    assert "app.log changes all the time" in result.warnings[0]
+    assert result.files["app.log"].size < 7
+    assert result.files["etl.py"].size == 7, "a module is always read"
+    monkeypatch.setattr(bundle_scan, "_QUIET_SECONDS", 0.5)
+    assert scan(tmp_path, result).files["app.log"].size == 7
 
 
 def test_a_scan_of_another_folder_is_not_reused(tmp_path: Path) -> None:
