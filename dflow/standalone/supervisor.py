@@ -104,6 +104,8 @@ class Supervisor:
         self._run_dir = self._settings.home / "run"
         self._components: list[Component] = []
         self._stop = _StopRequests()
+        self._store = _store(plan.settings)
+        self._show_at = 0.0  # monotonic seconds
         self._is_up = False
 
     def run(self) -> None:
@@ -140,8 +142,7 @@ class Supervisor:
             self._start_one(server)
         if self._stop.is_requested:
             return
-        with _store(self._settings) as store:
-            schema.migrate(store)
+        schema.migrate(self._store)
         env = {**os.environ, **self._settings.as_env()}
         for program in components.programs(self._settings, env, workers=self._plan.workers, flower=self._plan.flower):
             self._start_one(program)
@@ -191,16 +192,19 @@ class Supervisor:
     # Watching
 
     def _watch(self) -> None:
-        show_at = 0.0
-        with _store(self._settings) as store:
-            while not self._stop.wait(_TICK_SECONDS):
-                for component in self._components:
-                    self._look_after(component)
-                if time.monotonic() >= show_at:
-                    snapshot = display.read(store, self._display.run_limit)
-                    if snapshot is not None:
-                        self._display.show(snapshot)
-                    show_at = time.monotonic() + _SHOW_SECONDS
+        while not self._stop.wait(_TICK_SECONDS):
+            for component in self._components:
+                self._look_after(component)
+            self._show()
+
+    def _show(self) -> None:
+        """Show what the database says, at most once a second."""
+        if time.monotonic() < self._show_at:
+            return
+        snapshot = display.read(self._store, self._display.run_limit)
+        if snapshot is not None:
+            self._display.show(snapshot)
+        self._show_at = time.monotonic() + _SHOW_SECONDS
 
     def _look_after(self, component: Component) -> None:
         pause = component.notice_end()
@@ -233,6 +237,7 @@ class Supervisor:
         self._stop_group("workers, which finish what they run", ("worker",), drain_seconds)
         self._stop_group("Flower", ("flower",), 5.0)
         self._stop_group("Redis", ("redis",), _SHORT_GRACE_SECONDS)
+        self._store.close()
         self._stop_group("Postgres", ("postgres",), 30.0)
         if self._is_up:
             self._say("Stopped. The next start goes on where this one was.")
@@ -252,6 +257,8 @@ class Supervisor:
         while time.monotonic() < deadline and not self._stop.is_hurried:
             if all(one.runnable.poll() is not None for one in group):
                 break
+            if names != ("postgres",):
+                self._show()
             time.sleep(0.05)
         for one in group:
             one.runnable.stop(grace_seconds=_HURRIED_GRACE_SECONDS)
@@ -295,7 +302,7 @@ class _StopRequests:
 
     def __enter__(self) -> None:
         for number in self._SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays in force
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays in force
                 self._previous[number] = signal.signal(number, self._on_signal)
 
     def __exit__(self, *_: object) -> None:
