@@ -208,10 +208,13 @@ def reserialize() -> None:
         processor = DagProcessor(store, settings)
         while True:
             counts = Counter(processor.run_once())
-            is_done = not counts.pop("pending", 0)
+            is_done = not counts["pending"] and not counts["locked"]  # locked: a dag-processor is at it
             total += counts
             if is_done:
                 break
+            processor.wait(counts)
+    for name in ("pending", "locked"):
+        del total[name]
     note(", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in total.items()) or "Nothing has changed.")
     if total["failed"]:
         raise typer.Exit(1)

@@ -13,7 +13,7 @@ result depends on: the defaults of settings, the versions of dflow and Python.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -28,7 +28,7 @@ class FileRecord:
 
     sha256: str
     imports: Mapping[str, str] = field(default_factory=dict)  # path -> fingerprint
-    dag_ids: Collection[str] = ()
+    dag_ids: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
