@@ -5,6 +5,8 @@
 
 VENV ?= .venv
 PYTEST ?=
+# Of `make test`: most tests wait for other processes, so more than there are cores.
+PROCESSES ?= 4
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install --require-hashes --requirement
 .DEFAULT_GOAL := help
@@ -20,7 +22,7 @@ run: $(VENV)/.installed ## Start Postgres, Redis, scheduler, workers and Flower 
 
 .PHONY: test
 test: $(VENV)/.installed-dev ## Run all tests: unit, property, integration and faults
-	$(BIN)/python -m pytest tests $(PYTEST)
+	$(BIN)/python -m pytest tests --numprocesses $(PROCESSES) --dist worksteal $(PYTEST)
 
 .PHONY: unit
 unit: $(VENV)/.installed-dev ## Run the tests that need nothing
