@@ -542,3 +542,42 @@ def test_the_process_serves_health_and_ends_in_good_order(cluster: Cluster) -> N
     assert scheduler.process.wait(30) == 0, scheduler.log()
     assert cluster.rows("SELECT ended_at FROM service")[0].ended_at is not None
     assert "Traceback" not in scheduler.log()
+
+
+@pytest.mark.parametrize("executor", ["LocalExecutor", "SequentialExecutor"])
+def test_a_dag_runs_without_redis_or_celery(make_cluster: Callable[..., Cluster], executor: str) -> None:
+    cluster = make_cluster({"core.executor": executor, "core.parallelism": "2", "celery.broker_url": ""})
+    cluster.dag_processor()
+    scheduler = cluster.scheduler()
+    cluster.add_dag(
+        "d.py",
+        "from dflow import DAG, task\n"
+        "with DAG('d', schedule=None):\n"
+        "    @task\n"
+        "    def one():\n"
+        "        return 20\n"
+        "    @task\n"
+        "    def two(x):\n"
+        "        return x + 1\n"
+        "    @task\n"
+        "    def three(x, y):\n"
+        "        return x + y\n"
+        "    first = one()\n"
+        "    three(two(first), two.override(task_id='other')(first))\n",
+    )
+    cluster.wait_run(cluster.trigger("d"), 60, state="success")
+    (value,) = cluster.rows("SELECT value FROM xcom WHERE task_id = 'three'")
+    assert value[0] == 42
+    cluster.invariants()
+    cluster.kill(scheduler, signal.SIGTERM)
+    assert scheduler.process.wait(60) == 0, scheduler.log()
+    assert [row.state for row in cluster.rows("SELECT state FROM worker")] == ["gone"]
+
+
+def test_the_host_of_a_killed_scheduler_goes_too(make_cluster: Callable[..., Cluster]) -> None:
+    cluster = make_cluster({"core.executor": "LocalExecutor", "core.parallelism": "2", "celery.broker_url": ""})
+    scheduler = cluster.scheduler()
+    eventually(lambda: cluster.rows("SELECT 1 FROM worker WHERE state = 'live'"), 60)
+    cluster.kill(scheduler)
+    eventually(lambda: not cluster.marked_processes(), 60)
+    assert [row.state for row in cluster.rows("SELECT state FROM worker")] == ["gone"]
