@@ -139,7 +139,8 @@ Pool.requires = (*Pool.requires, AgentStep)  # Celery starts steps in the order 
 
 
 def _is_shutting_down() -> bool:
-    return state.should_stop not in (None, False) or state.should_terminate not in (None, False)
+    # Celery keeps an exit code here once it shuts down, and that may be 0.
+    return any(flag is not None and flag is not False for flag in (state.should_stop, state.should_terminate))
 
 
 def _own_session(**_kwargs: Any) -> None:

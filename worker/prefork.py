@@ -13,7 +13,6 @@ from celery.concurrency.asynpool import AsynPool
 
 from worker import link
 
-
 _LOOK_SECONDS: Final = 0.02
 _LOOKS: Final = 50
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
-import shutil
 import signal
 import uuid
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,38 +14,11 @@ import pytest
 from dflow.broker.app import TASK_NAME, make_app
 from dflow.core.messages import Nudge
 from dflow.core.states import Reason, TaskState
-from dflow.settings import Settings
 from dflow.store.apply import Change, apply
-from dflow.store.engine import Store
-from tests.integration.worker_rig import WorkerRig
+from tests.integration.worker.rig import WorkerRig
 from tests.support import eventually, marked_processes
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture
-def make_rig(
-    make_settings: Callable[..., Settings], store: Store, tmp_path: Path
-) -> Iterator[Callable[..., WorkerRig]]:
-    rigs: list[WorkerRig] = []
-
-    def make(values: dict[str, str] | None = None, **options: str) -> WorkerRig:
-        rigs.append(WorkerRig(make_settings(values, **options), store, tmp_path))
-        return rigs[-1]
-
-    yield make
-    for rig in rigs:
-        rig.stop()
-    for folder in tmp_path.rglob("bundle-cache"):
-        for path in folder.rglob("*"):
-            if path.is_dir():
-                path.chmod(0o755)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture
-def rig(make_rig: Callable[..., WorkerRig]) -> WorkerRig:
-    return make_rig()
 
 
 def _fields(nudge: Nudge) -> dict[str, Any]:
