@@ -209,7 +209,8 @@ class RunView:
         """With ``fail_fast``, skip what has not started once a task failed; teardowns still run (Airflow).
 
         The view cannot tell ``scheduled`` from what the row may have become since (queued, running). Such a decision
-        is stale, is not applied, and makes the caller load the view again.
+        is stale, is not applied, and makes the caller load the view again. Nor is it told that an instance waits for
+        its retry: one that has run before is skipped only if the view was loaded while it was ``scheduled`` again.
         """
         touched: set[str] = set()
         if self.graph.spec.fail_fast and self._counts[TaskState.FAILED]:
