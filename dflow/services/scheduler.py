@@ -36,6 +36,7 @@ from dflow.services.health import Health, HealthServer
 from dflow.services.heartbeat import ServiceHeartbeat
 from dflow.services.housekeeping import Housekeeping, services_of_scheduler
 from dflow.services.publishing import Publishing
+from dflow.services.startup import await_schema
 from dflow.services.throughput import Throughput
 from dflow.services.timers import Timers
 from dflow.settings import Settings
@@ -151,23 +152,44 @@ class Scheduler:
 def main(settings: Settings) -> int:
     """Run a scheduler until SIGTERM or SIGINT; return the exit code."""
     stop = stop_on_signals()
-    store = Store.from_settings(settings, "scheduler", pool_size=3)
-    executor = executor_for(settings)
+    executor = executor_for(settings)  # wrong settings end the start, a database that is away does not
     doorbell = doorbell_for(settings)
+    store = Store.from_settings(settings, "scheduler", pool_size=3)
     health = Health("scheduler", threshold_seconds=settings.scheduler.health_check_threshold)
     server = HealthServer(health, port=settings.scheduler.health_check_port).start()
-    heartbeat = ServiceHeartbeat(store, "scheduler", health_url=server.url)
+    log.info("scheduler starts: executor %s, health at %s", executor.name, server.url)
+    try:
+        if await_schema(store, health, stop):
+            _run(settings, store, executor, doorbell, health, server.url, stop)
+    finally:
+        doorbell.close()
+        server.stop()
+        store.close()
+    log.info("scheduler has stopped")
+    return 0
+
+
+def _run(
+    settings: Settings,
+    store: Store,
+    executor: Executor,
+    doorbell: Doorbell,
+    health: Health,
+    health_url: str,
+    stop: threading.Event,
+) -> None:
+    """Run passes, and housekeeping beside them, until asked to stop; then end in order."""
+    heartbeat = ServiceHeartbeat(store, "scheduler", health_url=health_url)
     share = Share(heartbeat.kind, heartbeat.service_id)
     scheduler = Scheduler(store, executor, doorbell, settings, share=share)
-    log.info("scheduler starts: executor %s, health at %s", executor.name, server.url)
-    executor.start()
-    services = Housekeeping(
+    housekeeping = Housekeeping(
         services_of_scheduler(store, doorbell, settings, actor=scheduler.actor),
         health=health,
         stall_after_seconds=settings.scheduler.stall_after,
     )
-    housekeeping = threading.Thread(target=services.run, args=(stop,), name="housekeeping")
-    housekeeping.start()
+    thread = threading.Thread(target=housekeeping.run, args=(stop,), name="housekeeping")
+    executor.start()
+    thread.start()
     try:
         run_forever(
             scheduler,
@@ -179,20 +201,12 @@ def main(settings: Settings) -> int:
         )
     finally:
         stop.set()
-        _shut_down(scheduler, executor, housekeeping, heartbeat)
-        doorbell.close()
-        server.stop()
-        store.close()
-    log.info("scheduler has stopped")
-    return 0
+        executor.stop()
+        thread.join()
+        _close(scheduler, heartbeat)
 
 
-def _shut_down(
-    scheduler: Scheduler, executor: Executor, housekeeping: threading.Thread, heartbeat: ServiceHeartbeat
-) -> None:
-    """End in order; the rows of whatever is left over wait for the next scheduler."""
-    executor.stop()
-    housekeeping.join()
+def _close(scheduler: Scheduler, heartbeat: ServiceHeartbeat) -> None:
     try:
         scheduler.close()
     except StoreUnavailableError as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, text
 
 from dflow.broker.doorbell import LocalDoorbell
 from dflow.core.errors import StoreUnavailableError
@@ -29,7 +29,7 @@ from dflow.services.run_timeouts import RunTimeouts
 from dflow.services.scheduler import Scheduler
 from dflow.services.sweeper import Sweeper
 from dflow.settings import Settings
-from dflow.store import dags, runs
+from dflow.store import dags, runs, schema
 from dflow.store.engine import Store
 from tests.integration.scheduler_rig import FakeExecutor, SchedulerRig
 from tests.support import Cluster, check_invariants, eventually
@@ -542,6 +542,31 @@ def test_the_process_serves_health_and_ends_in_good_order(cluster: Cluster) -> N
     assert scheduler.process.wait(30) == 0, scheduler.log()
     assert cluster.rows("SELECT ended_at FROM service")[0].ended_at is not None
     assert "Traceback" not in scheduler.log()
+
+
+def test_a_scheduler_waits_for_the_schema_and_for_a_database_that_went(
+    make_cluster: Callable[..., Cluster], make_settings: Callable[..., Settings], empty_pg_url: str
+) -> None:
+    store = Store(empty_pg_url, pool_size=2)
+    cluster = make_cluster(settings=make_settings({"database.sql_alchemy_conn": empty_pg_url}))
+    scheduler = cluster.scheduler()
+    eventually(lambda: "dflow db migrate" in scheduler.log(), 30)
+    schema.migrate(store)
+
+    def beats() -> Any:
+        with store.begin() as tx:
+            return tx.execute(text("SELECT heartbeat_at, health_url FROM service")).first()
+
+    row = eventually(beats, 30)
+    for _ in range(2):  # cut every connection, as a failover does
+        with store.begin() as tx:
+            tx.execute(text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = :a"),
+                       {"a": "dflow scheduler"})  # fmt: skip
+    eventually(lambda: (found := beats()) is not None and found.heartbeat_at > row.heartbeat_at, 30)
+    assert get(f"{row.health_url}/readyz")[0] == 200
+    cluster.kill(scheduler, signal.SIGTERM)
+    assert scheduler.process.wait(30) == 0, scheduler.log()
+    store.close()
 
 
 @pytest.mark.parametrize("executor", ["LocalExecutor", "SequentialExecutor"])
