@@ -178,7 +178,8 @@ def unpublished(tx: Connection, after_seconds: float, limit: int, executor: str 
 def mark_published(tx: Connection, ti_ids: Iterable[int]) -> None:
     """Record that messages for queued task instances are published now; those no longer queued are left alone.
 
-    One statement; locks the rows in the order of their ids.
+    One statement; locks the rows (SKIP LOCKED: one that is being claimed right now needs no mark, and the scheduler
+    must not wait for a worker's commit).
     """
     tx.execute(_MARK_PUBLISHED, {"ti_ids": sorted(set(ti_ids))})
 
@@ -257,7 +258,7 @@ _UNPUBLISHED = text("""
 _MARK_PUBLISHED = text("""
     WITH locked AS (
         SELECT id FROM task_instance WHERE id = ANY(CAST(:ti_ids AS bigint[])) AND state = 'queued'
-        ORDER BY id FOR NO KEY UPDATE)
+        ORDER BY id FOR NO KEY UPDATE SKIP LOCKED)
     UPDATE task_instance ti SET published_at = clock_timestamp(), publish_count = ti.publish_count + 1
     FROM locked WHERE ti.id = locked.id AND ti.state = 'queued'""")
 
