@@ -241,7 +241,7 @@ class SchedulerSettings:
     )
     stall_after: float = _setting(
         "60",
-        "Say why nothing moves when tasks are ready and none has started for this long.",
+        "A scheduler whose pass takes longer gives up and exits with code 70, to be started again.",
         unit="seconds",
         minimum=1,
     )
