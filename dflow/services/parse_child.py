@@ -34,7 +34,7 @@ from dflow.core.errors import DagImportError, DflowError
 from dflow.runtime import loader
 
 LENGTH: Final = struct.Struct(">I")
-MAX_RESULT_BYTES: Final = 32 * 1024 * 1024
+MAX_RESULT_BYTES: Final = 16 * 1024 * 1024  # as a string inside a frame it may double
 MAX_MESSAGE_CHARS: Final = 2_000
 MAX_TRACEBACK_CHARS: Final = 20_000
 _REPORT_HEADROOM_BYTES: Final = 64 * 1024 * 1024

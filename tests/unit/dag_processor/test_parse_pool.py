@@ -221,7 +221,7 @@ def test_a_failed_file_has_dependencies_too(parse) -> None:
 
 
 def test_too_many_dags_are_refused(parse) -> None:
-    source = "from dflow import DAG\nbig = DAG('big', doc_md='x' * 34_000_000)\n"
+    source = "from dflow import DAG\nbig = DAG('big', doc_md='x' * 17_000_000)\n"
     assert "over the limit of" in failure(parse({"a.py": source})["a.py"])
 
 
