@@ -68,7 +68,7 @@ class RunView:
     for an instance of a task the graph does not have. Memory: a few hundred bytes per instance.
     """
 
-    __slots__ = ("_counts", "_failed_deciding", "_states", "_upstream", "_waiting", "graph")
+    __slots__ = ("_counts", "_failed_deciding", "_open", "_states", "_upstream", "_waiting", "graph")
 
     def __init__(self, graph: Graph, states: Iterable[tuple[str, int, TaskState]]) -> None:
         self.graph = graph
@@ -76,6 +76,7 @@ class RunView:
         self._waiting: dict[str, set[int]] = {task_id: set() for task_id in graph.order}
         self._upstream: dict[str, Upstream] = {task_id: Upstream() for task_id in graph.order}
         self._counts: Counter[TaskState] = Counter()
+        self._open = 0  # instances that have not ended
         self._failed_deciding = 0
         for task_id, map_index, state in states:
             self._instances(task_id)[map_index] = state
@@ -136,6 +137,8 @@ class RunView:
             is_setup = self.graph.tasks[task_id].is_setup
             for downstream in self.graph.downstream[task_id]:
                 self._upstream[downstream].add(state, by, is_setup=is_setup)
+        else:
+            self._open += by
 
     def _change(self, task_id: str, map_index: int, state: TaskState) -> Iterable[str]:
         """Put an instance into ``state``; return the tasks whose outcome may differ now."""
@@ -229,15 +232,14 @@ class RunView:
 
     def _is_stuck(self) -> bool:
         """Whether some instances wait and nothing is under way that could end their waiting."""
-        waiting = self._counts[TaskState.NONE]
-        return bool(waiting) and waiting == self._counts.total() - sum(self._counts[state] for state in TERMINAL)
+        return self._open > 0 and self._open == self._counts[TaskState.NONE]
 
     def _end(self) -> tuple[RunState | None, str | None]:
         """Return how the run ended: by the states of the deciding leaves, once every instance has ended (Airflow)."""
         if self._is_stuck():
             names = [_name(task_id, min(self._waiting[task_id])) for task_id in self._all_waiting()]
             return RunState.FAILED, f"deadlock: nothing runs and the trigger rules of {_list(names)} still wait"
-        if self._counts.total() != sum(self._counts[state] for state in TERMINAL):
+        if self._open:
             return None, None
         return (RunState.FAILED, self._failure()) if self._failed_deciding else (RunState.SUCCESS, None)
 
