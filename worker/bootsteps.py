@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 EXECUTOR: Final = "CeleryExecutor"
 _TICK_SECONDS: Final = 1.0
+_PAUSE_SECONDS: Final = 5.0  # a loop that has not turned for so long does not consume
 _OVERTIME_SECONDS: Final = 15.0  # what a shutdown may take beyond the grace, before it is forced
 _EXIT_FORCED: Final = 1
 
@@ -43,7 +45,7 @@ class AgentStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
         self._health: Health | None = None
         self._server: HealthServer | None = None
         self._shutdowns = 0
-        self._is_ticking = False
+        self._ticked_at = -_PAUSE_SECONDS
         if TaskPool not in getattr(parent.pool_cls, "__mro__", ()):
             raise ImproperlyConfigured("dflow runs tasks in processes of their own: leave out -P, or say -P prefork")
         # Workers of dflow share nothing by messages; asking around at the start would only cost a second.
@@ -116,7 +118,11 @@ class AgentStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
             timer.start()
 
     def _tick(self) -> None:
-        self._is_ticking = True
+        """In the loop that consumes. While the broker is away it does not turn."""
+        now = time.monotonic()
+        if now - self._ticked_at > _PAUSE_SECONDS and self._agent is not None:
+            self._agent.consuming()
+        self._ticked_at = now
 
     def _on_status(self, status: Mapping[str, Any]) -> None:
         """In the agent's thread: what the agent says is what our health is made of."""
@@ -128,11 +134,10 @@ class AgentStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
             health.failed("the database is away")
         elif status["draining"]:
             health.failed("draining")
-        elif not self._is_ticking:
+        elif time.monotonic() - self._ticked_at > _PAUSE_SECONDS:
             health.failed("not consuming yet, or the broker is away")
         else:
             health.passed()
-        self._is_ticking = False
 
 
 Pool.requires = (*Pool.requires, AgentStep)  # Celery starts steps in the order of what they require

@@ -166,6 +166,10 @@ class AgentProcess:
         self._is_expected = True
         self._send({"op": "drain", "grace": grace_seconds})
 
+    def consuming(self) -> None:
+        """Tell that the worker has begun, or begun again, to take messages; until then it cannot be deaf."""
+        self._send({"op": "consuming"})
+
     def resize(self, concurrency: int) -> None:
         """Tell how many task processes there are now."""
         self._send({"op": "resize", "concurrency": concurrency})

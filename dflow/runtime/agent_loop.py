@@ -30,7 +30,8 @@ from typing import Any, Final, NamedTuple
 from dflow import __version__
 from dflow import settings as settings_module
 from dflow.broker.doorbell import Doorbell, doorbell_for
-from dflow.core.errors import ConflictError, DflowError, SchemaError, StoreUnavailableError
+from dflow.broker.ping import ping
+from dflow.core.errors import BrokerUnavailableError, ConflictError, DflowError, SchemaError, StoreUnavailableError
 from dflow.core.states import Reason, TaskState
 from dflow.runtime.agent import EXIT_DEAF, EXIT_FAILED, EXIT_FENCED, EXIT_STOPPED, AgentConfig, config_from_json
 from dflow.runtime.bundles import BundleFetcher
@@ -52,6 +53,9 @@ _BACKLOG_BYTES: Final = 4 * 1024 * 1024  # of one process; it is not read from b
 _SAMPLE_SECONDS: Final = 1.0
 _STATUS_WAIT_SECONDS: Final = 3.0  # how long a parent may take to say how its child ended
 _EXIT_KEPT_SECONDS: Final = 10.0
+_START_SECONDS: Final = 120.0
+_PING_SECONDS: Final = 1.0
+_CELERY: Final = "CeleryExecutor"
 _PARENT_CHECK_SECONDS: Final = 1.0
 _FIRST_PAUSE_SECONDS: Final = 0.1
 _LONGEST_PAUSE_SECONDS: Final = 2.0
@@ -112,7 +116,8 @@ class Agent:
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_reader, False)
         self._claimed = 0
-        self._last_claim_at = time.monotonic()
+        # When a worker counts as having taken work last. One that still starts its processes cannot be deaf.
+        self._last_claim_at = time.monotonic() + (_START_SECONDS if config.executor == _CELERY else 0.0)
         self._next_sample_at = 0.0
         self._next_parent_check_at = 0.0
         self._retry_at = 0.0  # the database is not asked before
@@ -251,12 +256,24 @@ class Agent:
         self._is_drain_known = self._is_draining
         self._lease.renewed(sent_at)
         self._compare(renewal.attempts)
-        if is_deaf:
+        if is_deaf and self._has_broker():
             log.critical("this worker has free slots and takes no work although there is some: its consumer is lost")
             self._cause, self._exit_code = "consumer lost", EXIT_DEAF
             self._is_stopping = True
             self._drain(self._settings.worker.drain_grace)
         self._tell_status()
+
+    def _has_broker(self) -> bool:
+        """A worker that cannot reach its broker is not deaf. It is given its time anew when the broker is back."""
+        if self._config.executor != _CELERY:
+            return True
+        try:
+            ping(self._settings, timeout_seconds=_PING_SECONDS)
+        except BrokerUnavailableError as error:
+            log.warning("taking no work, for the broker is away: %s", _short(error))
+            self._last_claim_at = time.monotonic()
+            return False
+        return True
 
     def _start_anew(self) -> None:
         """Somebody declared us gone: what we ran is others' now. Only a new incarnation may claim again."""
@@ -345,6 +362,8 @@ class Agent:
                 self._is_stopping = True
                 self._read_everything()
                 self._drain(0.0)
+            case "consuming":
+                self._last_claim_at = time.monotonic()
             case "resize":
                 self._concurrency = message["concurrency"]
                 self._lease.due_at = 0.0

@@ -150,7 +150,7 @@ def test_health_connections_and_celerys_own_commands(rig: WorkerRig) -> None:
     }
     assert rig.celery("control", "pool_grow", "2", "--timeout", "10").returncode == 0
     eventually(lambda: rig.rows("SELECT concurrency FROM worker")[0][0] == 34, 15)
-    assert rig.celery("control", "shutdown").returncode == 0
+    rig.celery("control", "shutdown")
     rig.wait_exit(rig.workers[0], 30)
     assert {rig.ti(nudge).reason for nudge in nudges} == {"worker_drained"}
 
