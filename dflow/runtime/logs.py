@@ -151,6 +151,7 @@ class LogCapture:
         self._lines: list[RawLine] = []
         self._size = 0  # of _lines
         self._total = 0  # of the attempt
+        self._last_at = 0.0
         self._is_cut = False
         self._is_active = False
         self._is_forked = False
@@ -170,7 +171,7 @@ class LogCapture:
         self._restore()
         with self._send_lock, self._lock:
             self._drain()
-            self._lines, self._size, self._total, self._is_cut = [], 0, 0, False
+            self._lines, self._size, self._total, self._last_at, self._is_cut = [], 0, 0, 0.0, False
             self._is_active = True
             if self._is_dozing:
                 os.write(self._wake_writer, b"!")
@@ -212,6 +213,8 @@ class LogCapture:
             self._worker_log.write(f"{stamp} {record.levelname} {record.name}: {text}\n")
 
     def _append(self, at: float, level: str, source: str, text: str) -> None:
+        # A record was made a moment before the lines that stand before it were read from the pipes.
+        at = self._last_at = max(at, self._last_at)
         size = len(text) + _LINE_OVERHEAD
         if self._total + size > self._max_bytes:
             if not self._is_cut:
