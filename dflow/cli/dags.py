@@ -105,9 +105,10 @@ def trigger(
         raise typer.BadParameter("only together with --wait", param_hint="--timeout")
     settings = load_settings()
     values = parse_conf(conf)
-    date = _logical_date(logical_date, settings.core.default_timezone)
+    now = datetime.now(UTC)
+    date = _logical_date(logical_date, now, settings.core.default_timezone)
     with open_store(settings) as store:
-        run = _trigger(settings, store, dag_id, run_id=run_id, date=date, conf=values, unpause=unpause)
+        run = _trigger(settings, store, dag_id, run_id=run_id, date=date, now=now, conf=values, unpause=unpause)
         ring(settings)
         if wait:
             note(f"Triggered {dag_id}: run {run.run_id}")
@@ -227,6 +228,7 @@ def _trigger(
     *,
     run_id: str | None,
     date: datetime | None,
+    now: datetime,
     conf: dict[str, Any],
     unpause: bool,
 ) -> Run:
@@ -247,7 +249,7 @@ def _trigger(
             logical_date=date,
             data_interval_start=date,
             data_interval_end=date,
-            run_after=datetime.now(UTC),
+            run_after=now,
             conf=conf,
             triggered_by=f"user {user()}",
         )
@@ -259,9 +261,9 @@ def _trigger(
     return run
 
 
-def _logical_date(text: str | None, timezone: str) -> datetime | None:
+def _logical_date(text: str | None, now: datetime, timezone: str) -> datetime | None:
     if text is None:
-        return datetime.now(UTC)
+        return now
     return None if text.lower() == _NO_DATE else parse_instant(text, timezone)
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 
 _WIDE: Final = 100_000  # the width of what is no terminal: nothing is wrapped
+_ID: Final = "_id"
+_LEAST_COLUMN: Final = 10
 _SECONDS: Final = "_seconds"  # a column of this suffix is a length of time; tables show it as people read it
 _STATE_COLUMNS: Final = frozenset({"state", "from_state", "to_state"})
 STATE_STYLES: Final[dict[str, str]] = {
@@ -162,12 +164,23 @@ def _table(records: Sequence[Row], columns: Sequence[str]) -> None:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    whole = _ids_fit(records, columns)
     for name in columns:
         is_number = all(isinstance(record[name], int | float) for record in records)
-        table.add_column(_title(name), justify="right" if is_number else "left", overflow="fold")
+        is_whole = whole and name.endswith(_ID)
+        table.add_column(
+            _title(name), justify="right" if is_number else "left", overflow="fold", no_wrap=is_whole
+        )
     for record in records:
         table.add_row(*(_cell(name, value) for name, value in record.items()))
     _print(table)
+
+
+def _ids_fit(records: Sequence[Row], columns: Sequence[str]) -> bool:
+    """Ids are copied into the next command, so they stay in one piece where the other columns still have some room."""
+    ids = [name for name in columns if name.endswith(_ID)]
+    needed = sum(max(len(_shown(record[name])) for record in records) + 3 for name in ids)
+    return needed + _LEAST_COLUMN * (len(columns) - len(ids)) <= out().width
 
 
 def _record_table(record: Row) -> None:

@@ -24,6 +24,8 @@ DagId = Annotated[str, typer.Argument(metavar="DAG", help="The DAG.")]
 RunId = Annotated[str, typer.Argument(metavar="RUN", help="The run's id, or `latest`.")]
 
 _LIST = ("dag_id", "run_id", "state", "run_type", "logical_date", "started_at", "duration_seconds", "cause")
+# What people are shown: the rest stands in the run's id, and a line has only so much room.
+_SHOWN = ("dag_id", "run_id", "state", "started_at", "duration_seconds", "cause")
 _TASKS = (
     "task_id",
     "map_index",
@@ -51,18 +53,18 @@ def list_runs(
         if dag_id is not None:
             dags.get(tx, dag_id)
         found = [summary(run) for run in runs.list_(tx, dag_id, state or None, limit)]
-    show_list(found, output, columns=_LIST, empty="No runs.")
+    show_list(found, output, columns=_SHOWN if output is Output.TABLE else _LIST, empty="No runs.")
 
 
 @app.command()
 def show(dag_id: DagId, run_id: RunId, output: OutputOption = Output.TABLE) -> None:
     """Show one run and its tasks: states, tries, and why each ended as it did."""
-    from dflow.store import runs, tasks
+    from dflow.store import runs
 
     with transaction() as tx:
         run = find_run(tx, dag_id, run_id)
         counts = runs.state_counts(tx, run.id)
-        rows = [task_row(ti) for ti in tasks.list_for_run(tx, run.id)]
+        rows = task_rows(tx, run)
     record = summary(run) | {
         "conf": run.conf,
         "triggered_by": run.triggered_by,
@@ -123,8 +125,17 @@ def find_run(tx: Tx, dag_id: str, run_id: str) -> Run:
     return newest[0]
 
 
-def task_row(ti: TaskInstance) -> dict[str, Any]:
-    """Return what a listing says of a task instance."""
+def task_rows(tx: Tx, run: Run) -> list[dict[str, Any]]:
+    """Return what a listing says of a run's task instances, in an order in which they could run."""
+    from dflow.core.graph import Graph
+    from dflow.store import dags, tasks
+
+    position = Graph(dags.get_spec(tx, run.dag_version_id)).position
+    found = tasks.list_for_run(tx, run.id)
+    return [_task_row(ti) for ti in sorted(found, key=lambda ti: position.get(ti.task_id, len(position)))]
+
+
+def _task_row(ti: TaskInstance) -> dict[str, Any]:
     return {
         "task_id": ti.task_id,
         "map_index": ti.map_index if ti.map_index >= 0 else None,

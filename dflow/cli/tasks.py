@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dflow.cli.output import Output, OutputOption, show_list
-from dflow.cli.runs import DagId, RunId, find_run, task_row
+from dflow.cli.runs import DagId, RunId, find_run, task_rows
 from dflow.cli.session import open_store, transaction
 
 app = typer.Typer(no_args_is_help=True, help="Tasks, and what became of them in a run.")
@@ -63,10 +63,8 @@ def list_tasks(dag_id: DagId, output: OutputOption = Output.TABLE) -> None:
 @app.command()
 def states(dag_id: DagId, run_id: RunId, output: OutputOption = Output.TABLE) -> None:
     """List the task instances of a run with their states."""
-    from dflow.store import tasks
-
     with transaction() as tx:
-        rows = [task_row(ti) for ti in tasks.list_for_run(tx, find_run(tx, dag_id, run_id).id)]
+        rows = task_rows(tx, find_run(tx, dag_id, run_id))
     show_list(rows, output, columns=_STATES, empty="The run has no tasks.")
 
 

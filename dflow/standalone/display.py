@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -103,22 +103,20 @@ def _counted(states: Iterable[str]) -> str:
     return ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
 
 
-def _runs_table(runs: Sequence[RunLine]) -> Table:
+def _runs_table(runs: Sequence[RunLine]) -> RenderableType:
     table = _table("Runs", "dag", "run", "state", "elapsed", "tasks")
     for run in runs:
         elapsed = "" if run.elapsed_seconds is None else f"{run.elapsed_seconds:.1f} s"
         table.add_row(run.dag_id, run.run_id, _state(run.state), elapsed, _counts(run.counts))
-    if not runs:
-        table.add_row("none yet", "dflow dags trigger tz_report --wait", "", "", "")
-    return table
+    return table if runs else Text("No runs yet.")
 
 
-def _workers_table(workers: Sequence[WorkerLine]) -> Table:
+def _workers_table(workers: Sequence[WorkerLine]) -> RenderableType:
     table = _table("Workers", "name", "state", "queues", "busy", "claimed so far")
     for one in workers:
         busy = f"{one.running} of {one.concurrency}"
         table.add_row(one.name, _state(one.state), ", ".join(one.queues), busy, str(one.claimed))
-    return table
+    return table if workers else Text("No workers yet.")
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -133,7 +131,6 @@ def _state(state: str) -> Text:
 
 
 def _counts(counts: Mapping[str, int]) -> Text:
-    text = Text()
-    for state, count in sorted(counts.items()):
-        text.append(f"{count} {state}  ", style=_STYLES.get(state, "dim"))
-    return text
+    return Text("  ").join(
+        Text(f"{count} {state}", style=_STYLES.get(state, "dim")) for state, count in sorted(counts.items())
+    )

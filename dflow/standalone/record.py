@@ -92,21 +92,24 @@ def locked(run_dir: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def end_left_behind(run_dir: Path, *, grace_seconds: float) -> list[str]:
-    """End what an earlier supervisor, killed before it could, left running; return the names. Needs the lock.
+def left_behind(run_dir: Path) -> dict[str, ProcessIdentity]:
+    """Return what an earlier supervisor, killed before it could end it, left running, by name. Needs the lock."""
+    record = read(run_dir)
+    if record is None or record.is_alive():
+        return {}
+    return {name: one for name, one in record.processes.items() if one.find() is not None}
+
+
+def end_left_behind(left: Mapping[str, ProcessIdentity], *, grace_seconds: float) -> None:
+    """End what `left_behind` found.
 
     Only processes whose id and instant of creation are recorded are signalled, and their descendants. Most are ending
     by then: the kernel told them that their parent died.
     """
-    record = read(run_dir)
-    if record is None or record.is_alive():
-        return []
-    left = {name: one for name, one in record.processes.items() if one.find() is not None}
     programs = [one for name, one in left.items() if name not in _SERVERS]
     _end_together(programs, signal.SIGTERM, grace_seconds)
     for name, number in _SERVERS.items():  # last, so that the programs could write what they had to
         _end_together([left[name]] if name in left else [], number, grace_seconds)
-    return list(left)
 
 
 def _end_together(processes: Sequence[ProcessIdentity], number: signal.Signals, grace_seconds: float) -> None:

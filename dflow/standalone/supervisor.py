@@ -127,9 +127,13 @@ class Supervisor:
     # Starting
 
     def _end_left_behind(self) -> None:
-        ended = record.end_left_behind(self._run_dir, grace_seconds=_ORPHAN_GRACE_SECONDS)
-        if ended:
-            self._say(f"An earlier supervisor was killed; ended what it left running: {', '.join(ended)}.")
+        left = record.left_behind(self._run_dir)
+        if left:
+            self._say(
+                f"An earlier supervisor was killed. Ending what it left running: {', '.join(left)} (up to "
+                f"{_ORPHAN_GRACE_SECONDS:.0f} s) ..."
+            )
+            record.end_left_behind(left, grace_seconds=_ORPHAN_GRACE_SECONDS)
 
     def _guard_flower(self) -> None:
         if self._plan.flower and not self._settings.celery.flower_basic_auth:
@@ -316,9 +320,10 @@ class _StopRequests:
 
 def _create_home(settings: Settings) -> None:
     try:
-        for directory in (settings.home, settings.home / "logs", settings.core.dags_folder):
-            directory.mkdir(parents=True, exist_ok=True)
         # Others may pass through (Postgres of a root supervisor runs as another user) but not look around.
+        settings.home.mkdir(mode=0o711, parents=True, exist_ok=True)
+        for directory in (settings.home / "logs", settings.core.dags_folder):
+            directory.mkdir(parents=True, exist_ok=True)
         (settings.home / "run").mkdir(mode=0o711, exist_ok=True)
     except OSError as error:
         raise ServerStartError(

@@ -279,6 +279,28 @@ def test_tasks_and_their_history(dflow: Dflow, run: runs.Run, extract: Hand) -> 
     assert dflow("tasks", "logs", "etl", "r1", "extrct").code == 1
 
 
+def test_task_instances_are_listed_upstream_first_and_the_logical_date_is_that_of_the_run(
+    dflow: Dflow, store: Store
+) -> None:
+    spec = DagSpec(
+        dag_id="order",
+        tasks=(
+            TaskSpec(task_id="last", operator="EmptyOperator", upstream=("middle",)),
+            TaskSpec(task_id="middle", operator="EmptyOperator", upstream=("start",)),
+            TaskSpec(task_id="start", operator="EmptyOperator"),
+        ),
+    )
+    with store.begin() as tx:
+        dags.upsert(tx, spec, bundle_name="dags", path="order.py", bundle_hash="h", paused_default=False)
+    assert dflow("dags", "trigger", "order").code == 0
+    shown = json.loads(dflow("runs", "show", "order", "latest", "-o", "json").out)
+    assert [row["task_id"] for row in shown["tasks"]] == ["start", "middle", "last"]
+    states = json.loads(dflow("tasks", "states", "order", "latest", "-o", "json").out)
+    assert [row["task_id"] for row in states] == ["start", "middle", "last"]
+    assert shown["run_id"] == f"manual__{shown['logical_date']}"
+    assert shown["logical_date"] == shown["run_after"]
+
+
 def test_logs_of_a_try(dflow: Dflow, run: runs.Run, extract: Hand) -> None:
     extract.start()
     extract.say(0, "first [bold]", "zwei \N{SNOWMAN}")

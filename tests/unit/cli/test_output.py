@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from datetime import UTC, datetime
 
 import pytest
 import yaml
+from rich.cells import cell_len
+from rich.console import Console
 
 from dflow.cli.output import Output, duration, instant, show_list, show_record, warn
 
@@ -44,6 +47,22 @@ def test_a_table_off_a_terminal_is_neither_cut_nor_coloured(capsys: pytest.Captu
     assert "2026-11-22 10:00:00Z" in out
     assert "1m15s" in out
     assert out.splitlines()[0].split() == ["dag", "id", "state", "at", "duration", "tags", "cause"]
+
+
+@pytest.mark.parametrize("width", [100, 60, 30])
+def test_ids_stay_in_one_piece_while_there_is_room_and_nothing_is_lost_when_there_is_none(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    monkeypatch.setattr("dflow.cli.output.out", lambda: console)
+    run_id = "manual__2026-11-22T10:00:00.250000+00:00"
+    row = {"dag_id": "etl", "run_id": run_id, "started_at": AT, "cause": "word " * 20}
+    show_list([row], Output.TABLE, columns=tuple(row))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert (run_id in shown) == (width == 100)
+    assert all(cell_len(line) <= width for line in shown.splitlines())
+    assert shown.count("word") == 20
+    assert {piece for piece in ("manual", ".25", "00:00") if piece in "".join(shown.split())}
 
 
 def test_nothing_to_list_is_told_beside_the_result(capsys: pytest.CaptureFixture[str]) -> None:

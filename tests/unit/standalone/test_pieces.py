@@ -57,7 +57,7 @@ def test_a_record_survives_the_round_trip_and_is_private(tmp_path):
 def test_a_record_nobody_can_read_is_none(tmp_path, text):
     (tmp_path / record.RECORD_NAME).write_text(text)
     assert record.read(tmp_path) is None
-    assert record.end_left_behind(tmp_path, grace_seconds=1) == []
+    assert record.left_behind(tmp_path) == {}
 
 
 def test_two_supervisors_on_one_home_are_one_too_many(tmp_path):
@@ -75,10 +75,12 @@ def test_only_recorded_processes_are_ended_and_only_when_they_are_the_same(tmp_p
     try:
         stranger = ProcessIdentity(pid=os.getpid(), created=1.0)
         record.write(tmp_path, record.Record(supervisor=stranger, processes={"scheduler": gone, "worker-1": stranger}))
-        assert record.end_left_behind(tmp_path, grace_seconds=1) == []
+        assert record.left_behind(tmp_path) == {}
         assert sleeper.poll() is None
         record.write(tmp_path, record.Record(supervisor=stranger, processes={"scheduler": identity}))
-        assert record.end_left_behind(tmp_path, grace_seconds=5) == ["scheduler"]
+        left = record.left_behind(tmp_path)
+        assert left == {"scheduler": identity}
+        record.end_left_behind(left, grace_seconds=5)
         assert sleeper.wait(5) == -15
     finally:
         sleeper.kill()
