@@ -154,7 +154,8 @@ def main(settings: Settings) -> int:
     stop = stop_on_signals()
     executor = executor_for(settings)  # wrong settings end the start, a database that is away does not
     doorbell = doorbell_for(settings)
-    store = Store.from_settings(settings, "scheduler", pool_size=3)
+    # Passes never wait for the disk, whatever beside them does; said once for the connection, it costs no round trip.
+    store = Store.from_settings(settings, "scheduler", pool_size=1, is_durable=False)
     health = Health("scheduler", threshold_seconds=settings.scheduler.health_check_threshold)
     server = HealthServer(health, port=settings.scheduler.health_check_port).start()
     log.info("scheduler starts: executor %s, health at %s", executor.name, server.url)
@@ -182,8 +183,9 @@ def _run(
     heartbeat = ServiceHeartbeat(store, "scheduler", health_url=health_url)
     share = Share(heartbeat.kind, heartbeat.service_id)
     scheduler = Scheduler(store, executor, doorbell, settings, share=share)
+    beside = Store.from_settings(settings, "scheduler housekeeping", pool_size=1)
     housekeeping = Housekeeping(
-        services_of_scheduler(store, doorbell, settings, actor=scheduler.actor),
+        services_of_scheduler(beside, doorbell, settings, actor=scheduler.actor),
         health=health,
         stall_after_seconds=settings.scheduler.stall_after,
     )
@@ -203,6 +205,7 @@ def _run(
         stop.set()
         executor.stop()
         thread.join()
+        beside.close()
         _close(scheduler, heartbeat)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection
 
 from dflow.core.messages import Nudge
 from dflow.store.apply import Effects, statement
@@ -30,10 +30,10 @@ def admit(tx: Connection, *, executor: str, limit: int, lookahead: Mapping[str, 
     those another transaction holds. Costs one scan of the active task instances, and for each running run an index
     probe of at most as many rows as its limit leaves free.
     """
-    tx.execute(_LOCK, {"key": ADMISSION_LOCK})
     rows = _ADMIT.execute(
         tx,
         {"executor": executor, "limit": limit, "lookahead": json.dumps(dict(lookahead)), "actor": actor},
+        after=_LOCK,
     )
     return [
         Nudge(
@@ -50,7 +50,7 @@ def admit(tx: Connection, *, executor: str, limit: int, lookahead: Mapping[str, 
     ]
 
 
-_LOCK = text("SELECT pg_advisory_xact_lock(:key)")
+_LOCK = f"SELECT pg_advisory_xact_lock({ADMISSION_LOCK})"
 
 # A worker that listens to "*" (the processes of a local executor) takes from one lane of that name; otherwise every
 # queue is a lane of its own.

@@ -50,8 +50,9 @@ class Store:
     ``url`` is ``postgresql://user:password@host:port/db`` or, over a Unix socket, ``postgresql://user@/db?host=/dir``.
     ``connect_timeout`` and ``statement_timeout`` are seconds (0 = no statement timeout); ``pool_size`` is the hard
     limit of connections. ``application_name`` is what people see in ``pg_stat_activity``. ``?prepared=off`` in the URL
-    keeps statements unprepared, for poolers that change sessions (see `dflow.store.prepared`). Nothing is connected
-    until the first use. Raises SettingsError for a URL that is none.
+    keeps statements unprepared, for poolers that change sessions (see `dflow.store.prepared`). ``is_durable=False``: no
+    commit waits for the disk (``sync=False`` throughout, at the cost of no statement). Nothing is connected until the
+    first use. Raises SettingsError for a URL that is none.
     """
 
     def __init__(
@@ -62,7 +63,9 @@ class Store:
         connect_timeout: float = 10,
         statement_timeout: float = 30,
         application_name: str = "dflow",
+        is_durable: bool = True,
     ) -> None:
+        self._is_durable = is_durable
         self.url = _parse(url)
         self.engine = _make_engine(
             self.url,
@@ -70,10 +73,13 @@ class Store:
             connect_timeout=connect_timeout,
             statement_timeout=statement_timeout,
             application_name=application_name,
+            is_durable=is_durable,
         )
 
     @classmethod
-    def from_settings(cls, settings: Settings, name: str, pool_size: int | None = None) -> Self:
+    def from_settings(
+        cls, settings: Settings, name: str, pool_size: int | None = None, *, is_durable: bool = True
+    ) -> Self:
         """Return the store of section ``[database]``; ``name`` is the component, for pg_stat_activity."""
         database = settings.database
         return cls(
@@ -82,6 +88,7 @@ class Store:
             connect_timeout=database.connect_timeout,
             statement_timeout=database.statement_timeout,
             application_name=f"dflow {name}",
+            is_durable=is_durable,
         )
 
     @property
@@ -99,7 +106,7 @@ class Store:
         happens in the commit itself, the outcome is unknown.
         """
         with self._mapped_errors(), self.engine.connect() as tx, tx.begin():
-            if not sync:
+            if not sync and self._is_durable:
                 tx.execute(_ASYNC_COMMIT)
             yield tx
 
@@ -114,7 +121,7 @@ class Store:
             committing = False
             try:
                 with self.engine.connect() as tx, tx.begin():
-                    if not sync:
+                    if not sync and self._is_durable:
                         tx.execute(_ASYNC_COMMIT)
                     result = fn(tx)
                     committing = True
@@ -200,7 +207,13 @@ def _parse(url: str) -> URL:
 
 
 def _make_engine(
-    url: URL, *, pool_size: int, connect_timeout: float, statement_timeout: float, application_name: str
+    url: URL,
+    *,
+    pool_size: int,
+    connect_timeout: float,
+    statement_timeout: float,
+    application_name: str,
+    is_durable: bool,
 ) -> Engine:
     # Everything here reads by key or by a partial index. A plan that is kept (store/prepared.py) may have been made
     # while a table was empty, and would then read it from end to end until the next analyze. Just-in-time compilation
@@ -210,6 +223,7 @@ def _make_engine(
         "-c timezone=UTC -c default_transaction_isolation=read\\ committed "
         "-c idle_in_transaction_session_timeout=60s "
         f"-c statement_timeout={round(statement_timeout * 1000)}"
+        f"{'' if is_durable else ' -c synchronous_commit=off'}"
     )
     given = url.query.get("options")
     engine = create_engine(

@@ -38,17 +38,23 @@ class Prepared:
         values = _in_parentheses(f"CAST(%({name})s AS {kind})" for name, kind in types.items())
         self._execute = f"EXECUTE {self._name}{values}"
 
-    def execute(self, tx: Connection, parameters: Mapping[str, Any]) -> CursorResult[Any]:
-        """Run the statement in the transaction, preparing it first where this connection has not yet."""
+    def execute(self, tx: Connection, parameters: Mapping[str, Any], *, after: str = "") -> CursorResult[Any]:
+        """Run the statement in the transaction, preparing it first where this connection has not yet.
+
+        ``after`` is a statement without parameters to be run before it in the same round trip. Each of the two has its
+        own snapshot (READ COMMITTED), so this one sees what was committed while ``after`` waited for a lock.
+        """
         info = tx.info
         if OFF in info:
+            if after:
+                tx.execute(text(after))
             return tx.execute(self._text, parameters)
         known: set[str] = info.setdefault(_KNOWN, set())
         if self._name not in known:
             # Not transactional: it stays prepared even when the transaction is rolled back.
             tx.exec_driver_sql(self._prepare)
             known.add(self._name)
-        return tx.exec_driver_sql(self._execute, dict(parameters))
+        return tx.exec_driver_sql(f"{after}; {self._execute}" if after else self._execute, dict(parameters))
 
 
 def _in_parentheses(parts: Iterable[str]) -> str:

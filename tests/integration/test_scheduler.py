@@ -100,7 +100,7 @@ def test_reacting_to_an_end_reads_no_other_task_of_the_run(rig: SchedulerRig) ->
     counts = scheduler.run_once()
     assert (counts["ends"], counts["planned"], counts["admitted"]) == (1, 1, 1)
     assert not [one for one in statements if "FROM task_instance WHERE run_pk" in one], "the view was loaded again"
-    assert len(statements) <= 8, statements
+    assert len(statements) <= 5, statements
     assert rig.states(run)["b"] == "queued"
 
 
