@@ -3,99 +3,23 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
-import uuid
-from pathlib import Path
 
 import psutil
-import psycopg2
 import pytest
 
-from dflow.embedded import urls
-from dflow.embedded.process import ProcessIdentity, end
 from dflow.standalone import record
-from tests.support import MARKER, eventually, marked_processes
+from tests.standalone_rig import Standalone, homes
+from tests.support import eventually
 
 pytestmark = pytest.mark.integration
 
 
-class Standalone:
-    """One home and the supervisors started with it."""
-
-    def __init__(self, home: Path, token: str) -> None:
-        self.home, self.token = home, token
-        self.output_file = home.parent / f"{home.name}.out"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self, *options: str) -> Standalone:
-        """Start it; returns when everything has been started."""
-        self.spawn(*options)
-        eventually(lambda: "In another terminal" in self.output() or self.process.poll() is not None, 90)
-        assert self.process.poll() is None, self.output()
-        return self
-
-    def spawn(self, *options: str) -> subprocess.Popen[bytes]:
-        self.output_file.unlink(missing_ok=True)
-        with self.output_file.open("wb") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "dflow", "standalone", "--workers", "1", "--concurrency", "1", *options],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "DFLOW_HOME": str(self.home), MARKER: self.token},
-                start_new_session=True,
-            )
-        return self.process
-
-    def output(self) -> str:
-        return self.output_file.read_text()
-
-    def processes(self) -> dict[str, ProcessIdentity]:
-        found = record.read(self.home / "run")
-        return dict(found.processes) if found else {}
-
-    def interrupt(self) -> int:
-        self.process.send_signal(signal.SIGINT)
-        return self.process.wait(timeout=120)
-
-    def execute(self, statement: str):
-        connection = psycopg2.connect(urls(self.home)[0])
-        try:
-            with connection, connection.cursor() as cursor:
-                cursor.execute(statement)
-                return cursor.fetchone()[0] if cursor.description else None
-        finally:
-            connection.close()
-
-
 @pytest.fixture
-def make(request):
-    directory = Path(tempfile.mkdtemp(prefix="dflow-test-", dir="/tmp"))
-    token = uuid.uuid4().hex
-    made = []
-
-    def make_one(name: str = "home") -> Standalone:
-        made.append(Standalone(directory / name, token))
-        return made[-1]
-
-    yield make_one
-    for one in made:
-        if one.process is not None and one.process.poll() is None:
-            one.process.send_signal(signal.SIGTERM)
-            one.process.send_signal(signal.SIGTERM)
-            one.process.wait(timeout=120)
-        print(one.output() if one.output_file.exists() else "never started")
-    left = marked_processes(token)
-    described = [(process.pid, process.name()) for process in left]
-    for process in left:
-        end(ProcessIdentity(pid=process.pid, created=process.create_time()), (signal.SIGKILL, 5))
-    shutil.rmtree(directory)
-    assert not described, f"left behind: {described}"
+def make():
+    with homes() as make:
+        yield make
 
 
 @pytest.fixture
