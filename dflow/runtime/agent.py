@@ -233,6 +233,8 @@ class AgentProcess:
             match message["op"]:
                 case "ready":
                     self._ready.set()
+                case "how_ended":
+                    self._look_how_ended(message["pid"])
                 case "status":
                     if self._on_status is not None:
                         self._on_status(message)
@@ -240,6 +242,19 @@ class AgentProcess:
                     self._cause = message["cause"]
                     self._is_expected = self._is_expected and message["code"] == EXIT_STOPPED
         return bool(data)
+
+    def _look_how_ended(self, pid: int) -> None:
+        """Tell how a child of ours ended, leaving its status for its owner to collect.
+
+        Independent of the owner's loop, which may be busy. A child collected already was reported by its owner.
+        """
+        try:
+            status = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return
+        if status is not None:
+            has_exited = status.si_code == os.CLD_EXITED
+            self.report_child_exit(pid, status.si_status if has_exited else -status.si_status)
 
     def _ended(self) -> None:
         try:

@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 
 _READ_BYTES: Final = 256 * 1024
 _BACKLOG_BYTES: Final = 4 * 1024 * 1024  # of one process; it is not read from beyond that
+_CLOSING_SECONDS: Final = 0.2  # between a process closing its descriptors and its end
 _SAMPLE_SECONDS: Final = 1.0
 _STATUS_WAIT_SECONDS: Final = 3.0  # how long a parent may take to say how its child ended
 _EXIT_KEPT_SECONDS: Final = 10.0
@@ -498,11 +499,19 @@ class Agent:
         live = connection.live
         if live is not None and live.died_at is None:
             live.died_at = time.monotonic()
-            if connection.process.is_alive() and not live.is_ending:
-                # A task may close descriptors that are not its own. Without a connection it cannot be told anything.
-                connection.process.kill_tree(f"{ATTEMPT_VARIABLE}={live.attempt_id}")
+            if not live.is_ending:
+                self._see_end(connection.process, live)
         if live is None:
             self._release(connection.process)
+
+    def _see_end(self, process: ChildProcess, live: Live) -> None:
+        """Make sure that the process has ended, and ask the parent how."""
+        if process.is_alive() and not process.wait_gone(_CLOSING_SECONDS):
+            # A task may close descriptors that are not its own. Without a connection it cannot be told anything.
+            process.kill_tree(f"{ATTEMPT_VARIABLE}={live.attempt_id}")
+            process.wait_gone(_CLOSING_SECONDS)
+        if self._has_parent:
+            self._tell({"op": "how_ended", "pid": process.pid})
 
     def _release(self, process: ChildProcess) -> None:
         """Stop watching a process nobody needs to know about any more."""
@@ -752,6 +761,7 @@ class Agent:
         self._live[live.attempt_id] = live
         if not connection.is_open:
             live.died_at = time.monotonic()  # it died while its claim was being committed
+            self._see_end(connection.process, live)
             return
         self._reply(connection, {"work": work_to_json(work), "bundle_path": self._folder(work.bundle_hash)})
 
