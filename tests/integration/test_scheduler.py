@@ -30,6 +30,7 @@ from dflow.services.scheduler import Scheduler
 from dflow.services.sweeper import Sweeper
 from dflow.settings import Settings
 from dflow.store import dags, runs, schema
+from dflow.store import scheduling as scheduling_module
 from dflow.store.engine import Store
 from tests.integration.scheduler_rig import FakeExecutor, SchedulerRig
 from tests.support import Cluster, check_invariants, eventually
@@ -139,6 +140,43 @@ def test_a_pass_that_fails_changes_nothing_and_the_next_one_does_it_all(
     passes(rig, scheduler, run)
     with rig.store.begin() as tx:
         check_invariants(tx)
+
+
+def test_a_copy_changed_by_a_pass_that_failed_is_never_used_again(
+    rig: SchedulerRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The version alone would not tell: another scheduler counts it up to what the failed pass had counted to."""
+    rig.dag("d", {"a": [], "b": ["a"], "c": []})
+    run = rig.trigger("d")
+    one, other = rig.scheduler(), rig.scheduler()
+    one.run_once()
+    nudges = {nudge.task_id: nudge for nudge in rig.executor.take()}
+    rig.work([nudges["a"]], TaskState.FAILED)
+
+    def lost(*_: Any) -> None:
+        raise StoreUnavailableError("the connection broke before the commit")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduling_module, "has_scheduled", lost)
+        with pytest.raises(StoreUnavailableError):
+            one.run_once()  # has decided that b is upstream_failed
+    rig.execute("UPDATE task_instance SET state = 'none', attempt_id = NULL WHERE task_id = 'a'")  # cleared meanwhile
+    rig.execute("UPDATE unaccounted SET state = 'none'")
+    assert other.run_once()["planned"] == 1, "a, once more"
+    rig.work(rig.executor.take())
+    one.run_once()
+    assert rig.states(run) == {"a": "success", "b": "queued", "c": "queued"}
+
+
+def test_somebody_faster_than_a_decision_is_seen_in_the_same_pass(rig: SchedulerRig) -> None:
+    rig.dag("d", {"a": [], "b": ["a"]})
+    run = rig.trigger("d")
+    scheduler = rig.scheduler()
+    scheduler.run_once()
+    rig.execute("UPDATE task_instance SET state = 'skipped', ended_at = now() WHERE task_id = 'b'")  # with psql
+    rig.work(rig.executor.take())
+    assert scheduler.run_once()["runs_ended"] == 1
+    assert rig.run(run).state == "success"
 
 
 def test_a_copy_another_scheduler_made_stale_is_loaded_anew(rig: SchedulerRig) -> None:
