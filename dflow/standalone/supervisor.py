@@ -8,6 +8,7 @@ that thread (prctl(2), PR_SET_PDEATHSIG).
 from __future__ import annotations
 
 import os
+import pwd
 import shlex
 import shutil
 import signal
@@ -329,6 +330,27 @@ def _create_home(settings: Settings) -> None:
         raise ServerStartError(
             f"Cannot create {error.filename}: {error.strerror}. Set $DFLOW_HOME to a directory you can write to."
         ) from error
+    _check_owner(settings.home)
+
+
+def _check_owner(home: Path) -> None:
+    """What one user started, as with sudo, another cannot go on with: databases and sockets have an owner."""
+    uid = (home / "run").stat().st_uid
+    if uid != os.geteuid():
+        raise ServerStartError(
+            f"The home {home} was made by {_user_name(uid)}. Start dflow as that user, or set $DFLOW_HOME to a "
+            "directory of your own."
+        )
+    for directory in (home, home / "logs", home / "run"):
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise ServerStartError(f"Cannot write to {directory}. Make it writable, or set $DFLOW_HOME to another.")
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
 
 
 def _command(settings: Settings) -> str:

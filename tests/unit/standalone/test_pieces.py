@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pwd
 import socket
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from dflow.core.errors import ConflictError, ServerStartError
 from dflow.embedded.process import ProcessIdentity
@@ -15,7 +18,8 @@ from dflow.settings import load
 from dflow.standalone import flower_login, log_files, ports, record
 from dflow.standalone.attach import attach
 from dflow.standalone.components import Component
-from dflow.standalone.display import Snapshot, summary
+from dflow.standalone.display import Display, Snapshot, summary
+from dflow.standalone.supervisor import Supervisor, plan
 from dflow.store.overview import RunLine, WorkerLine
 
 
@@ -166,3 +170,30 @@ def test_a_login_file_with_something_else_ends_in_one_message_that_keeps_it_secr
     with pytest.raises(ServerStartError, match=r"flower-auth.*Remove it") as told:
         flower_login.ensure(tmp_path)
     assert "secret" not in str(told.value)
+
+
+def supervisor_of(home) -> Supervisor:
+    servers = {
+        "DFLOW__DATABASE__SQL_ALCHEMY_CONN": "postgresql://nobody@/none",
+        "DFLOW__CORE__EXECUTOR": "LocalExecutor",
+    }
+    settings = load(home=home, env=servers)
+    return Supervisor(plan(settings, workers=1, flower=False), Display(Console(file=io.StringIO())))
+
+
+def test_a_home_of_another_user_is_refused_naming_the_user(tmp_path, monkeypatch):
+    (tmp_path / "home" / "run").mkdir(parents=True)
+    name = pwd.getpwuid(os.geteuid()).pw_name
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    with pytest.raises(
+        ServerStartError, match=rf"{tmp_path}/home was made by {name}\. Start dflow as that user, or set"
+    ):
+        supervisor_of(tmp_path / "home").run()
+
+
+@pytest.mark.parametrize("name", ["", "logs", "run"])
+def test_a_home_one_cannot_write_to_is_refused_naming_the_directory(tmp_path, monkeypatch, name):
+    home = tmp_path / "home"
+    monkeypatch.setattr(os, "access", lambda path, mode: path != home / name)  # modes mean nothing to root
+    with pytest.raises(ServerStartError, match=rf"Cannot write to {home / name}\. .*DFLOW_HOME"):
+        supervisor_of(home).run()
