@@ -17,10 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 from dflow.core.errors import StoreUnavailableError
-from dflow.store import overview
+from dflow.store import import_errors, overview
 from dflow.store.engine import Store
+from dflow.store.import_errors import ImportError_
 from dflow.store.overview import RunLine, WorkerLine
 
+_MOST_COMPLAINTS: Final = 3
 _STYLES: Final = {
     "success": "green",
     "failed": "red",
@@ -38,13 +40,18 @@ class Snapshot:
 
     runs: Sequence[RunLine] = ()
     workers: Sequence[WorkerLine] = ()
+    broken: Sequence[str] = ()  # what is wrong with DAG files that could not be read, one message for each
 
 
 def read(store: Store, limit: int) -> Snapshot | None:
     """Return what the database says, or None while it is away."""
     try:
         with store.begin() as tx:
-            return Snapshot(runs=overview.recent_runs(tx, limit), workers=overview.live_workers(tx))
+            return Snapshot(
+                runs=overview.recent_runs(tx, limit),
+                workers=overview.live_workers(tx),
+                broken=[_about(error) for error in import_errors.list_(tx)],
+            )
     except StoreUnavailableError:
         return None
 
@@ -56,11 +63,12 @@ class Display:
         self._console = console
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self._last_line = ""
+        self._complaint_lines = 0
 
     @property
     def run_limit(self) -> int:
         """How many runs fit."""
-        return max(3, min(15, self._console.height - 16)) if self._live else 20
+        return max(3, min(15, self._console.height - 16 - self._complaint_lines)) if self._live else 20
 
     def __enter__(self) -> Self:
         if self._live:
@@ -80,7 +88,10 @@ class Display:
     def show(self, snapshot: Snapshot) -> None:
         """Replace the table, or print a line when something has changed."""
         if self._live:
-            self._live.update(Group(_runs_table(snapshot.runs), _workers_table(snapshot.workers)), refresh=True)
+            complaints = _complaints(snapshot.broken)
+            self._complaint_lines = len(complaints)
+            parts = [_runs_table(snapshot.runs), _workers_table(snapshot.workers), *complaints]
+            self._live.update(Group(*parts), refresh=True)
             return
         line = summary(snapshot)
         if line != self._last_line:
@@ -93,7 +104,8 @@ def summary(snapshot: Snapshot) -> str:
     runs = _counted(run.state for run in snapshot.runs)
     busy = sum(worker.running for worker in snapshot.workers)
     slots = sum(worker.concurrency for worker in snapshot.workers)
-    return f"runs: {runs or 'none yet'}; workers: {len(snapshot.workers)} ({busy} of {slots} slots busy)"
+    line = f"runs: {runs or 'none yet'}; workers: {len(snapshot.workers)} ({busy} of {slots} slots busy)"
+    return "\n".join([line, *(complaint.plain for complaint in _complaints(snapshot.broken))])
 
 
 def _counted(states: Iterable[str]) -> str:
@@ -101,6 +113,21 @@ def _counted(states: Iterable[str]) -> str:
     for state in states:
         counts[state] = counts.get(state, 0) + 1
     return ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+
+
+def _about(error: ImportError_) -> str:
+    """The first line of what is wrong, with the file's name in front whoever wrote it."""
+    message = (error.message.splitlines() or [""])[0]
+    return message if error.path in message else f"{error.path}: {message}"
+
+
+def _complaints(broken: Sequence[str]) -> list[Text]:
+    if not broken:
+        return []
+    shown = [Text(f"  {message}", overflow="ellipsis", no_wrap=True) for message in broken[:_MOST_COMPLAINTS]]
+    files = "1 DAG file" if len(broken) == 1 else f"{len(broken)} DAG files"
+    title = f"{files} could not be read (dflow dags list-import-errors):"
+    return [Text(title, style="red", overflow="ellipsis", no_wrap=True), *shown]
 
 
 def _runs_table(runs: Sequence[RunLine]) -> RenderableType:

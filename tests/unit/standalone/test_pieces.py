@@ -148,6 +148,17 @@ def test_the_summary_counts():
     assert summary(Snapshot(runs=[run, run], workers=[worker])) == "runs: 2 running; workers: 1 (2 of 4 slots busy)"
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_dag_files_that_could_not_be_read_are_told_with_the_first_few_reasons(is_terminal):
+    console = Console(file=io.StringIO(), force_terminal=is_terminal, width=70, color_system=None)
+    with Display(console) as display:
+        display.show(Snapshot(broken=["a.py:2: DAG 'a' takes no argument 'schedul'", "b.py", "c.py", "d.py"]))
+        shown = console.file.getvalue()
+    assert "4 DAG files could not be read (dflow dags list-import-errors):" in shown
+    assert "a.py:2: DAG 'a' takes no argument 'schedul'" in shown
+    assert "d.py" not in shown
+
+
 def test_the_login_for_flower_is_made_once_random_and_private(tmp_path):
     login = flower_login.ensure(tmp_path)
     user, password = login.split(":")
