@@ -30,7 +30,7 @@ with DAG("slow", is_paused_upon_creation=False):
 @pytest.mark.parametrize("executor", ["CeleryExecutor", "LocalExecutor"])
 def test_kill_9_of_the_supervisor_in_the_middle_of_a_run(executor):
     with homes() as make:
-        standalone = make(env={"DFLOW__WORKER__LEASE_SECONDS": "4"})
+        standalone = make(env={"DFLOW__WORKER__LEASE_SECONDS": "4", "DFLOW__WORKER__KILL_GRACE": "1"})
         (standalone.home / "dags").mkdir(parents=True)
         (standalone.home / "dags" / "slow.py").write_text(SOURCE)
         options = ("--no-flower", "--executor", executor)
