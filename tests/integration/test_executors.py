@@ -23,7 +23,7 @@ from dflow.executors.local import LocalExecutor
 from dflow.executors.registry import NAMES, executor_for
 from dflow.settings import Settings
 from dflow.store.engine import Store
-from tests.integration.worker_rig import WorkerRig
+from tests.integration.worker.rig import WorkerRig
 from tests.support import MARKER, eventually, marked_processes
 
 pytestmark = pytest.mark.integration
