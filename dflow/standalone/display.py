@@ -6,11 +6,13 @@ while that is away, the last table stays.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -23,6 +25,7 @@ from dflow.store.import_errors import ImportError_
 from dflow.store.overview import RunLine, WorkerLine
 
 _MOST_COMPLAINTS: Final = 3
+_RUN_ID: Final = re.compile(r"(\w+?)__(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(?:\.\d+)?\+00:00")
 _STYLES: Final = {
     "success": "green",
     "failed": "red",
@@ -90,7 +93,8 @@ class Display:
         if self._live:
             complaints = _complaints(snapshot.broken)
             self._complaint_lines = len(complaints)
-            parts = [_runs_table(snapshot.runs), _workers_table(snapshot.workers), *complaints]
+            tables = [Text(), _runs_table(snapshot.runs), Text(), _workers_table(snapshot.workers)]
+            parts = [*tables, *([Text(), *complaints] if complaints else [])]
             self._live.update(Group(*parts), refresh=True)
             return
         line = summary(snapshot)
@@ -131,26 +135,40 @@ def _complaints(broken: Sequence[str]) -> list[Text]:
 
 
 def _runs_table(runs: Sequence[RunLine]) -> RenderableType:
-    table = _table("Runs", "dag", "run", "state", "elapsed", "tasks")
+    table = _table("Runs", "dag", "run", "state", "elapsed", "tasks", shrinking={"dag", "run", "tasks"})
     for run in runs:
         elapsed = "" if run.elapsed_seconds is None else f"{run.elapsed_seconds:.1f} s"
-        table.add_row(run.dag_id, run.run_id, _state(run.state), elapsed, _counts(run.counts))
+        table.add_row(_text(run.dag_id), _text(short(run.run_id)), _state(run.state), elapsed, _counts(run.counts))
     return table if runs else Text("No runs yet.")
 
 
 def _workers_table(workers: Sequence[WorkerLine]) -> RenderableType:
-    table = _table("Workers", "name", "state", "queues", "busy", "claimed so far")
+    table = _table("Workers", "name", "state", "queues", "busy", "claimed so far", shrinking={"name", "queues"})
     for one in workers:
         busy = f"{one.running} of {one.concurrency}"
-        table.add_row(one.name, _state(one.state), ", ".join(one.queues), busy, str(one.claimed))
+        queues = _text(", ".join(one.queues))
+        table.add_row(_text(one.name), _state(one.state), queues, busy, str(one.claimed))
     return table if workers else Text("No workers yet.")
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", expand=False, title_style="bold")
+def short(run_id: str) -> str:
+    """Return a run id as dflow makes them for a narrow table: ``manual 2026-11-22 10:00:00``; others as they are."""
+    found = _RUN_ID.fullmatch(run_id)
+    return " ".join(found.groups()) if found else run_id
+
+
+def _table(title: str, *columns: str, shrinking: Collection[str]) -> Table:
+    """A narrow terminal takes from the shrinking columns only, whose cells are `_text`: cut, never wrapped."""
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, show_edge=False
+    )
     for column in columns:
-        table.add_column(column, overflow="ellipsis", no_wrap=True)
+        table.add_column(column, no_wrap=column not in shrinking)
     return table
+
+
+def _text(text: str) -> Text:
+    return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 def _state(state: str) -> Text:
@@ -158,6 +176,6 @@ def _state(state: str) -> Text:
 
 
 def _counts(counts: Mapping[str, int]) -> Text:
-    return Text("  ").join(
+    return Text("  ", no_wrap=True, overflow="ellipsis").join(
         Text(f"{count} {state}", style=_STYLES.get(state, "dim")) for state, count in sorted(counts.items())
     )

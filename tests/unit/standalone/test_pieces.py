@@ -18,7 +18,7 @@ from dflow.settings import load
 from dflow.standalone import flower_login, log_files, ports, record
 from dflow.standalone.attach import attach
 from dflow.standalone.components import Component
-from dflow.standalone.display import Display, Snapshot, summary
+from dflow.standalone.display import Display, Snapshot, short, summary
 from dflow.standalone.supervisor import Supervisor, plan
 from dflow.store.overview import RunLine, WorkerLine
 
@@ -146,6 +146,25 @@ def test_the_summary_counts():
         name="w", hostname="h", state="live", executor="e", queues=("q",), concurrency=4, running=2, claimed=9
     )
     assert summary(Snapshot(runs=[run, run], workers=[worker])) == "runs: 2 running; workers: 1 (2 of 4 slots busy)"
+
+
+@pytest.mark.parametrize(
+    ("run_id", "shown"),
+    [
+        ("manual__2026-11-22T10:00:00.123456+00:00", "manual 2026-11-22 10:00:00"),
+        ("scheduled__2026-11-22T00:00:00+00:00", "scheduled 2026-11-22 00:00:00"),
+        ("manual__2026-11-22T10:00:00+01:00", "manual__2026-11-22T10:00:00+01:00"),
+        ("my own [bold]", "my own [bold]"),
+    ],
+)
+def test_the_live_table_cuts_long_names_before_states_and_shortens_the_ids_of_runs(run_id, shown):
+    run = RunLine(dag_id="d" * 90, run_id=run_id, state="up_for_retry", cause=None, elapsed_seconds=61.23, counts={})
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    with Display(console) as display:
+        display.show(Snapshot(runs=[run]))
+        lines = console.file.getvalue().splitlines()
+    assert any(all(text in line for text in (shown[:18], "up_for_retry", "61.2 s")) for line in lines), lines
+    assert short(run_id) == shown
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
