@@ -67,9 +67,15 @@ class WorkerRig:
         return self.queue_many(run_pk, [task_id], retries=retries, queue=queue)[0]
 
     def queue_many(
-        self, run_pk: int, task_ids: Sequence[str], *, retries: int = 0, queue: str = "default", copies: int = 0
+        self,
+        run_pk: int,
+        task_ids: Sequence[str],
+        *,
+        retries: int = 0,
+        queue: str = "default",
+        copies: int = 0,
+        indexes: Sequence[int] = (),
     ) -> list[Nudge]:
-        indexes = list(range(copies)) or [-1]
         with self.store.begin() as tx:
             rows = tx.execute(
                 text(
@@ -79,7 +85,13 @@ class WorkerRig:
                     " unnest(CAST(:m AS int[])) AS m WHERE r.id = :r"
                     " RETURNING id, CAST(attempt_id AS text) AS attempt_id, dag_id, task_id, map_index"
                 ),
-                {"r": run_pk, "t": list(task_ids), "q": queue, "n": retries, "m": indexes},
+                {
+                    "r": run_pk,
+                    "t": list(task_ids),
+                    "q": queue,
+                    "n": retries,
+                    "m": list(indexes) or list(range(copies)) or [-1],
+                },
             ).all()
         return [
             Nudge(
