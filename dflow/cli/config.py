@@ -36,8 +36,8 @@ def list_settings(
 
 @app.command("get-value", epilog="Example: dflow config get-value core executor")
 def get_value(
-    section: Annotated[str, typer.Argument(help="The section, such as core.")],
-    key: Annotated[str, typer.Argument(help="The key, such as executor.")],
+    section: Annotated[str, typer.Argument(metavar="SECTION", help="The section, such as core.")],
+    key: Annotated[str, typer.Argument(metavar="KEY", help="The key, such as executor.")],
 ) -> None:
     """Print one value as it is, secrets too. Needs only this setting to be right."""
     from dflow.core.errors import SettingsError

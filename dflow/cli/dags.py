@@ -87,7 +87,7 @@ def details(dag_id: DagId, output: OutputOption = Output.TABLE) -> None:
     show_record({k: v for k, v in record.items() if is_for_programs or v not in (None, [], {})}, output)
 
 
-@app.command(epilog='Example: dflow dags trigger tz_report --conf \'{"region": "Europe"}\' --wait')
+@app.command(epilog="Example: dflow dags trigger tz_report --conf '{\"from_year\": 2000}' --wait")
 def trigger(
     dag_id: DagId,
     conf: Conf = None,
@@ -118,20 +118,20 @@ def trigger(
 
 
 @app.command()
-def pause(dag_ids: Annotated[list[str], typer.Argument(metavar="DAG...", help="The DAGs.")]) -> None:
+def pause(dag_ids: Annotated[list[str], typer.Argument(metavar="DAG", help="The DAGs.")]) -> None:
     """Pause DAGs: no new runs are made or started, and running ones start no further tasks."""
     _set_paused(dag_ids, paused=True)
 
 
 @app.command()
-def unpause(dag_ids: Annotated[list[str], typer.Argument(metavar="DAG...", help="The DAGs.")]) -> None:
+def unpause(dag_ids: Annotated[list[str], typer.Argument(metavar="DAG", help="The DAGs.")]) -> None:
     """Let paused DAGs run again."""
     _set_paused(dag_ids, paused=False)
 
 
 @app.command("test", epilog='Example: dflow dags test dags/etl.py --conf \'{"day": "2026-11-22"}\'')
 def run_test(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The DAG file.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="The DAG file.")],
     dag_id: Annotated[str | None, typer.Option(help="Which DAG, when the file has several.")] = None,
     conf: Conf = None,
     output: OutputOption = Output.TABLE,
@@ -163,7 +163,7 @@ def list_import_errors(
         raise typer.Exit(1)
 
 
-@app.command("next-runs", epilog="Example: dflow dags next-runs tz_report -n 5")
+@app.command("next-runs", epilog="Example: dflow dags next-runs example_schedule_time_zone -n 5")
 def next_runs(
     dag_id: DagId,
     number: Annotated[int, typer.Option("--number", "-n", min=1, max=10_000, help="How many.")] = 5,

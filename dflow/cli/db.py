@@ -63,7 +63,8 @@ def current() -> None:
 
 @app.command()
 def downgrade(
-    revision: Annotated[str, typer.Argument(help="The older revision; base removes everything.")], yes: Yes = False
+    revision: Annotated[str, typer.Argument(metavar="REVISION", help="The older revision; base removes everything.")],
+    yes: Yes = False,
 ) -> None:
     """Take the schema back to an older revision. Data of what is dropped is lost."""
     from dflow.store import schema

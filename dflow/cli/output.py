@@ -168,9 +168,7 @@ def _table(records: Sequence[Row], columns: Sequence[str]) -> None:
     for name in columns:
         is_number = all(isinstance(record[name], int | float) for record in records)
         is_whole = whole and name.endswith(_ID)
-        table.add_column(
-            _title(name), justify="right" if is_number else "left", overflow="fold", no_wrap=is_whole
-        )
+        table.add_column(_title(name), justify="right" if is_number else "left", overflow="fold", no_wrap=is_whole)
     for record in records:
         table.add_row(*(_cell(name, value) for name, value in record.items()))
     _print(table)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Limits on how many tasks of a kind run at once.")
 
 _COLUMNS = ("name", "slots", "running", "queued", "scheduled", "deferred", "open", "description")
-Name = Annotated[str, typer.Argument(help="The pool.")]
+Name = Annotated[str, typer.Argument(metavar="POOL", help="The pool.")]
 
 
 @app.command("list")
@@ -42,8 +42,10 @@ def get(name: Name, output: OutputOption = Output.TABLE) -> None:
 @app.command("set", epilog="Example: dflow pools set api 5 'calls to the partner'")
 def set_pool(
     name: Name,
-    slots: Annotated[int, typer.Argument(min=-1, help="How many slots; -1: no limit. Write `-- -1` for that.")],
-    description: Annotated[str | None, typer.Argument(help="What it is for.")] = None,
+    slots: Annotated[
+        int, typer.Argument(metavar="SLOTS", min=-1, help="How many slots; -1: no limit. Write `-- -1` for that.")
+    ],
+    description: Annotated[str | None, typer.Argument(metavar="DESCRIPTION", help="What it is for.")] = None,
 ) -> None:
     """Create a pool, or change its slots."""
     from dflow.store import pools

@@ -41,7 +41,7 @@ _TASKS = (
 
 @app.command("list", epilog="Example: dflow runs list tz_report --state failed --output json")
 def list_runs(
-    dag_id: Annotated[str | None, typer.Argument(metavar="[DAG]", help="Only runs of this DAG.")] = None,
+    dag_id: Annotated[str | None, typer.Argument(metavar="DAG", help="Only runs of this DAG.")] = None,
     state: Annotated[list[RunState] | None, typer.Option(help="Only runs in this state; may be repeated.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
     output: OutputOption = Output.TABLE,
