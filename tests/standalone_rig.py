@@ -21,6 +21,13 @@ from dflow.embedded.process import ProcessIdentity, end
 from dflow.standalone import record
 from tests.support import MARKER, eventually, marked_processes
 
+# The terminal at file descriptor 0 becomes the session's own: when it is closed, the kernel sends SIGHUP.
+_TAKE_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
 
 class Standalone:
     """One home and the supervisors started with it."""
@@ -38,13 +45,15 @@ class Standalone:
         assert self.process.poll() is None, self.output()
         return self
 
-    def spawn(self, *options: str) -> subprocess.Popen[bytes]:
+    def spawn(self, *options: str, terminal: int | None = None) -> subprocess.Popen[bytes]:
+        """Start it in a session of its own, its output in a file, or with a terminal as all a user's terminal is."""
+        command = [sys.executable, "-m", "dflow", "standalone", "--workers", "1", "--concurrency", "1", *options]
         self.output_file.unlink(missing_ok=True)
         with self.output_file.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "dflow", "standalone", "--workers", "1", "--concurrency", "1", *options],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
+                command if terminal is None else [sys.executable, "-c", _TAKE_TERMINAL, *command],
+                stdin=subprocess.DEVNULL if terminal is None else terminal,
+                stdout=output if terminal is None else terminal,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **self.env, "DFLOW_HOME": str(self.home), MARKER: self.token},
                 start_new_session=True,

@@ -6,8 +6,10 @@ while that is away, the last table stays.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
@@ -60,7 +62,10 @@ def read(store: Store, limit: int) -> Snapshot | None:
 
 
 class Display:
-    """Shows messages and snapshots on a console; a context manager, because a live table must be closed."""
+    """Shows messages and snapshots on a console; a context manager, because a live table must be closed.
+
+    A terminal may be closed and a pipe end while everything has to be stopped in good order: then nothing is shown.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -75,18 +80,21 @@ class Display:
 
     def __enter__(self) -> Self:
         if self._live:
-            self._live.start()
+            with self._shown_or_not():
+                self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live:
-            self._live.stop()
+            with self._shown_or_not():
+                self._live.stop()
 
     def say(self, message: str) -> None:
         """Print one message above the table."""
-        self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+        with self._shown_or_not():
+            self._console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def show(self, snapshot: Snapshot) -> None:
         """Replace the table, or print a line when something has changed."""
@@ -95,12 +103,27 @@ class Display:
             self._complaint_lines = len(complaints)
             tables = [Text(), _runs_table(snapshot.runs), Text(), _workers_table(snapshot.workers)]
             parts = [*tables, *([Text(), *complaints] if complaints else [])]
-            self._live.update(Group(*parts), refresh=True)
+            with self._shown_or_not():
+                self._live.update(Group(*parts), refresh=True)
             return
         line = summary(snapshot)
         if line != self._last_line:
             self._last_line = line
             self.say(line)
+
+    @contextlib.contextmanager
+    def _shown_or_not(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self._lose()
+
+    def _lose(self) -> None:
+        """Nobody looks any more. What is still buffered must not fail again, not even when Python ends."""
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._console.file.fileno())
+            os.close(nowhere)
 
 
 def summary(snapshot: Snapshot) -> str:

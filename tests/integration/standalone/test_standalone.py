@@ -103,3 +103,19 @@ def test_a_home_that_cannot_be_made_ends_in_one_message(standalone):
     assert str(standalone.home) in standalone.output()
     assert "Traceback" not in standalone.output()
     standalone.home.unlink()
+
+
+def test_a_terminal_that_is_closed_stops_everything_in_good_order(standalone):
+    ours, theirs = os.openpty()
+    standalone.spawn("--no-flower", terminal=theirs)
+    os.close(theirs)
+    shown = b""
+    while b"In another terminal" not in shown:
+        shown += os.read(ours, 4096)
+    before = standalone.processes()
+    assert set(before) == {"postgres", "redis", "dag-processor", "scheduler", "worker-1"}
+    os.close(ours)
+    assert standalone.process.wait(timeout=120) == 0
+    assert all_gone(before.values())
+    assert not (standalone.home / "run" / record.RECORD_NAME).exists()
+    assert "database system is shut down" in (standalone.home / "logs" / "postgres.log").read_text()

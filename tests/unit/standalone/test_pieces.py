@@ -168,6 +168,20 @@ def test_the_live_table_cuts_long_names_before_states_and_shortens_the_ids_of_ru
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_that_is_closed_does_not_disturb(is_terminal):
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs, "w") as terminal:
+        with Display(Console(file=terminal, force_terminal=is_terminal)) as display:
+            display.say("before")
+            display.show(Snapshot())
+            os.close(ours)
+            for _ in range(3):
+                display.say("after")
+                display.show(Snapshot(broken=["a.py"]))
+        assert os.stat(terminal.fileno()).st_rdev == os.stat(os.devnull).st_rdev
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
 def test_dag_files_that_could_not_be_read_are_told_with_the_first_few_reasons(is_terminal):
     console = Console(file=io.StringIO(), force_terminal=is_terminal, width=70, color_system=None)
     with Display(console) as display:
