@@ -7,6 +7,7 @@ at the end, which the fixtures assert.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import uuid
@@ -20,6 +21,7 @@ import pytest
 from dflow import settings as settings_module
 from dflow.embedded import PostgresServer, RedisServer
 from dflow.embedded.locations import postgres_url
+from dflow.embedded.postgres import find_installations
 from dflow.settings import Settings
 from dflow.store.engine import Store
 from tests.support import Cluster
@@ -49,11 +51,16 @@ def server_dir() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def postgres_server(server_dir: Path) -> Iterator[PostgresServer]:
-    """The session's Postgres. Not synced to disk: its data is thrown away."""
+    """The session's Postgres. Not synced to disk: its data is thrown away.
+
+    `DFLOW_TEST_POSTGRES=15` takes an installation of that major version instead of the newest.
+    """
+    major = os.environ.get("DFLOW_TEST_POSTGRES")
     server = PostgresServer(
         server_dir / "data",
         server_dir / "pg",
         server_dir / "postgres.log",
+        installations=[one for one in find_installations() if major in (None, str(one.major))],
         settings={"fsync": "off", "full_page_writes": "off", "max_connections": "200"},
     )
     server.start()
