@@ -17,7 +17,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import Any, Final
 
 from dflow.core.errors import ConflictError, StoreUnavailableError
 from dflow.settings import Settings
@@ -166,6 +166,57 @@ class BundleFetcher:
                     raise
             finally:
                 store.close()
+
+
+class Shelf:
+    """Where the loop of an agent gets folders from: at once when they are known, else answered once they are fetched.
+
+    ``fileno`` turns readable when there are answers; the loop then calls `deliver`.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._folders: dict[str, str] = {}
+        self._waiting: dict[str, list[Callable[[dict[str, Any]], None]]] = {}
+        self._fetched: queue.SimpleQueue[tuple[str, str | None, str | None]] = queue.SimpleQueue()
+        self._fetcher = BundleFetcher(settings, self._on_done)
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+
+    def fileno(self) -> int:
+        """The descriptor to wait for."""
+        return self._reader
+
+    def folder(self, bundle_hash: str) -> str | None:
+        """Return the folder of a bundle that was fetched before and is still there."""
+        folder = self._folders.get(bundle_hash)
+        if folder is not None and not os.path.isdir(folder):
+            del self._folders[bundle_hash]
+            return None
+        return folder
+
+    def ask(self, bundle_hash: str, in_use: Iterable[str], answer: Callable[[dict[str, Any]], None]) -> None:
+        """Have a bundle fetched; ``answer`` is given ``{"path": ...}`` or ``{"error": ...}`` by `deliver`."""
+        self._waiting.setdefault(bundle_hash, []).append(answer)
+        self._fetcher.fetch(bundle_hash, in_use)
+
+    def deliver(self) -> None:
+        """Give the answers that are there."""
+        os.read(self._reader, 4096)
+        while not self._fetched.empty():
+            bundle_hash, folder, error = self._fetched.get()
+            if folder is not None:
+                self._folders[bundle_hash] = folder
+            for answer in self._waiting.pop(bundle_hash, []):
+                answer({"error": error} if error else {"path": folder})
+
+    def close(self) -> None:
+        """Give up waiting for a database that is away."""
+        self._fetcher.stop()
+
+    def _on_done(self, bundle_hash: str, folder: str | None, error: str | None) -> None:
+        """In the fetcher's thread."""
+        self._fetched.put((bundle_hash, folder, error))
+        os.write(self._writer, b"!")
 
 
 def _write_file(root: Path, path: str, sha256: str, content: bytes | None) -> None:

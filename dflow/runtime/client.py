@@ -1,8 +1,8 @@
 """The connection of one task process to its agent, and the requests a task process makes over it.
 
 One request at a time, answered in order; `started`, `log` and `finish` frames are sent and not answered. Safe for
-several threads. When the agent is gone the process must not go on (nobody renews its lease): ``on_gone`` is called, which in a
-task process never returns.
+several threads. When the agent is gone the process must not go on (nobody renews its lease): ``on_gone`` is called,
+which in a task process never returns.
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
+from dflow.core.errors import StoreUnavailableError
 from dflow.core.states import Reason, TaskState
 from dflow.runtime.ends import Facts, died, reported
 from dflow.runtime.live import Live, Request
@@ -20,6 +21,8 @@ from dflow.runtime.protocol import Work
 from dflow.store import logs, tasks, xcoms
 from dflow.store.apply import Change, apply
 from dflow.store.engine import Store, Tx
+
+_OUTAGE_CLASSES: Final = frozenset({"08", "25", "40", "53", "55", "57", "58", "XX"})  # Postgres manual, appendix A
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +54,17 @@ def commit(store: Store, identity: Identity, requests: Sequence[Request]) -> lis
     """
     is_sync = any(request.op not in ("log", "xcom_pull", "task_states") for request in requests)
     return store.run(lambda tx: _execute(tx, identity, requests), sync=is_sync)
+
+
+def is_outage(error: Exception) -> bool:
+    """Is it the database's trouble, to be waited out, rather than something wrong with the request?
+
+    Judged by the class of the SQLSTATE; psycopg2 puts it on the original error.
+    """
+    if isinstance(error, StoreUnavailableError):
+        return True
+    state = getattr(getattr(error, "orig", None), "pgcode", None)
+    return isinstance(state, str) and state[:2] in _OUTAGE_CLASSES
 
 
 def _execute(tx: Tx, identity: Identity, requests: Sequence[Request]) -> list[Answer]:

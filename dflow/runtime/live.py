@@ -67,3 +67,4 @@ class Request:
     exit_code: int | None = None  # for died
     is_out_of_memory: bool = False  # for died
     is_repeat: bool = False  # tried before; whether it was committed is not known
+    is_substitute: bool = False  # stands for an end that could not be stored

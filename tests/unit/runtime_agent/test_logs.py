@@ -136,7 +136,7 @@ tell([len(lines), lines[-1][3], [one[3] for one in after]])
 def test_a_flood_is_complete_and_a_writer_that_never_stops_does_not_hold_the_end() -> None:
     told, _ = _run("""
 capture.begin()
-writer = subprocess.Popen(["sh", "-c", "while :; do echo flood; done"])
+writer = subprocess.Popen(["sh", "-c", "while :; do echo flood; sleep 0.001; done"])
 for number in range(20000):
     print(number)
 lines = sent + [list(one) for one in capture.end()]
