@@ -55,6 +55,10 @@ fmt: $(VENV)/.installed-dev ## Format the code and mend what can be mended by it
 docs: $(VENV)/.installed ## Write the generated pages of docs/ anew
 	$(BIN)/python scripts/generate_docs.py
 
+.PHONY: picture
+picture: $(VENV)/.installed ## Draw docs/images/standalone.svg anew, from a real run
+	$(BIN)/python scripts/draw_standalone.py
+
 .PHONY: bench
 bench: $(VENV)/.installed ## Measure against raw Celery in the same run (ARGS="--rounds 5" for options)
 	$(BIN)/python -m benchmarks.run $(ARGS)

@@ -30,6 +30,8 @@ _MOST_COMPLAINTS: Final = 3
 _RUN_ID: Final = re.compile(r"(\w+?)__(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(?:\.\d+)?\+00:00")
 _STYLES: Final = {
     "success": "green",
+    "live": "green",
+    "draining": "yellow",
     "failed": "red",
     "running": "cyan",
     "queued": "yellow",
@@ -99,12 +101,9 @@ class Display:
     def show(self, snapshot: Snapshot) -> None:
         """Replace the table, or print a line when something has changed."""
         if self._live:
-            complaints = _complaints(snapshot.broken)
-            self._complaint_lines = len(complaints)
-            tables = [Text(), _runs_table(snapshot.runs), Text(), _workers_table(snapshot.workers)]
-            parts = [*tables, *([Text(), *complaints] if complaints else [])]
+            self._complaint_lines = len(_complaints(snapshot.broken))
             with self._shown_or_not():
-                self._live.update(Group(*parts), refresh=True)
+                self._live.update(tables(snapshot), refresh=True)
             return
         line = summary(snapshot)
         if line != self._last_line:
@@ -142,6 +141,13 @@ def _counted(states: Iterable[str]) -> str:
     return ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
 
 
+def tables(snapshot: Snapshot) -> RenderableType:
+    """Return a snapshot as tables: runs, workers, and what could not be read."""
+    complaints = _complaints(snapshot.broken)
+    parts = [Text(), _runs_table(snapshot.runs), Text(), _workers_table(snapshot.workers)]
+    return Group(*parts, *([Text(), *complaints] if complaints else []))
+
+
 def _about(error: ImportError_) -> str:
     """The first line of what is wrong, with the file's name in front whoever wrote it."""
     message = (error.message.splitlines() or [""])[0]
@@ -166,11 +172,11 @@ def _runs_table(runs: Sequence[RunLine]) -> RenderableType:
 
 
 def _workers_table(workers: Sequence[WorkerLine]) -> RenderableType:
-    table = _table("Workers", "name", "state", "queues", "busy", "claimed so far", shrinking={"name", "queues"})
+    table = _table("Workers", "name", "state", "queues", "busy", shrinking={"name", "queues"})
     for one in workers:
         busy = f"{one.running} of {one.concurrency}"
         queues = _text(", ".join(one.queues))
-        table.add_row(_text(one.name), _state(one.state), queues, busy, str(one.claimed))
+        table.add_row(_text(one.name), _state(one.state), queues, busy)
     return table if workers else Text("No workers yet.")
 
 

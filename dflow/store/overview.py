@@ -22,7 +22,7 @@ _RUNS = text(
 )
 _WORKERS = text(
     """
-    SELECT w.name, w.hostname, w.state, w.executor, w.queues, w.concurrency, w.claimed,
+    SELECT w.name, w.hostname, w.state, w.executor, w.queues, w.concurrency,
            (SELECT count(*) FROM task_instance t WHERE t.worker_id = w.id AND t.state = 'running') AS running,
            w.lease_until < now() AS is_overdue
       FROM worker w WHERE w.state <> 'gone' ORDER BY w.name
@@ -53,7 +53,6 @@ class WorkerLine:
     queues: tuple[str, ...]
     concurrency: int
     running: int  # attempts now
-    claimed: int  # attempts since its start
 
 
 def recent_runs(tx: Connection, limit: int = 10) -> list[RunLine]:
@@ -82,7 +81,6 @@ def live_workers(tx: Connection) -> list[WorkerLine]:
             queues=tuple(row.queues),
             concurrency=row.concurrency,
             running=row.running,
-            claimed=row.claimed,
         )
         for row in tx.execute(_WORKERS)
     ]

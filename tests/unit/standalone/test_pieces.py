@@ -142,9 +142,7 @@ def test_restarts_pause_longer_with_each_crash_in_a_row():
 def test_the_summary_counts():
     assert summary(Snapshot()) == "runs: none yet; workers: 0 (0 of 0 slots busy)"
     run = RunLine(dag_id="d", run_id="r", state="running", cause=None, elapsed_seconds=1.0, counts={})
-    worker = WorkerLine(
-        name="w", hostname="h", state="live", executor="e", queues=("q",), concurrency=4, running=2, claimed=9
-    )
+    worker = WorkerLine(name="w", hostname="h", state="live", executor="e", queues=("q",), concurrency=4, running=2)
     assert summary(Snapshot(runs=[run, run], workers=[worker])) == "runs: 2 running; workers: 1 (2 of 4 slots busy)"
 
 
