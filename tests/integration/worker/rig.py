@@ -181,6 +181,10 @@ class WorkerRig:
         eventually(is_up, 30)
         return process
 
+    def environ(self) -> dict[str, str]:
+        """The environment of what this rig starts."""
+        return {**os.environ, **self.settings.as_env(), MARKER: self.token}
+
     def start(self, *arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
         """Start ``celery -A worker ARGUMENTS``; its output goes into the log."""
         with (self.directory / "worker.log").open("ab") as log:
@@ -189,7 +193,7 @@ class WorkerRig:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self.settings.as_env(), MARKER: self.token, **(env or {})},
+                env={**self.environ(), **(env or {})},
                 start_new_session=True,
                 cwd=self.directory,
             )
@@ -201,7 +205,7 @@ class WorkerRig:
             capture_output=True,
             text=True,
             timeout=timeout,
-            env={**os.environ, **self.settings.as_env(), MARKER: self.token},
+            env=self.environ(),
             cwd=self.directory,
             check=False,
         )

@@ -364,3 +364,18 @@ def test_a_worker_that_lost_its_consumer_exits_and_says_so(rig: WorkerRig) -> No
     (row,) = rig.rows("SELECT state, cause FROM worker")
     assert tuple(row) == ("gone", "consumer lost")
     assert rig.ti(nudge).state == "queued"
+
+
+def test_processes_are_replaced_and_added_under_way_without_losing_anything(rig: WorkerRig) -> None:
+    run = rig.dag("@task\ndef t(): return os.getpid()\nt()\n")
+    nudges = rig.queue_many(run, ["t"], copies=40)
+    worker = rig.worker("--autoscale", "4,1", env={"DFLOW__WORKER__MAX_TASKS_PER_CHILD": "5"})
+    assert rig.rows("SELECT concurrency FROM worker")[0][0] == 4
+    rig.publish(*nudges)
+    for nudge in nudges:
+        row = rig.wait(nudge, deadline_seconds=60)
+        assert (row.try_number, row.infra_failures) == (1, 0)
+    per_process = rig.rows("SELECT value, count(*) FROM xcom WHERE key = 'return_value' GROUP BY value")
+    assert all(count <= 5 for _, count in per_process)
+    assert len(per_process) >= 8
+    assert worker.poll() is None
