@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 
 _WIDE: Final = 100_000  # the width of what is no terminal: nothing is wrapped
-_ID: Final = "_id"
+_WHOLE: Final = ("_id", "_at", "state")
 _LEAST_COLUMN: Final = 10
 _SECONDS: Final = "_seconds"  # a column of this suffix is a length of time; tables show it as people read it
 _STATE_COLUMNS: Final = frozenset({"state", "from_state", "to_state"})
@@ -86,7 +86,10 @@ def fail(message: str) -> None:
 
 
 def show_list(rows: Sequence[Row], output: Output, *, columns: Sequence[str], empty: str = "Nothing to list.") -> None:
-    """Show rows. ``columns`` are their keys in order; JSON and YAML are lists of objects, plain has a line of names."""
+    """Show rows. ``columns`` are their keys in order; JSON and YAML are lists of objects, plain has a line of names.
+
+    A table leaves out the columns that have nothing in any row.
+    """
     records = [{name: row[name] for name in columns} for row in rows]
     match output:
         case Output.JSON | Output.YAML:
@@ -164,21 +167,21 @@ def _table(records: Sequence[Row], columns: Sequence[str]) -> None:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
-    whole = _ids_fit(records, columns)
-    for name in columns:
+    shown = [name for name in columns if any(record[name] is not None for record in records)]
+    whole = _in_one_piece(records, shown)
+    for name in shown:
         is_number = all(isinstance(record[name], int | float) for record in records)
-        is_whole = whole and name.endswith(_ID)
-        table.add_column(_title(name), justify="right" if is_number else "left", overflow="fold", no_wrap=is_whole)
+        table.add_column(_title(name), justify="right" if is_number else "left", overflow="fold", no_wrap=name in whole)
     for record in records:
-        table.add_row(*(_cell(name, value) for name, value in record.items()))
+        table.add_row(*(_cell(name, record[name]) for name in shown))
     _print(table)
 
 
-def _ids_fit(records: Sequence[Row], columns: Sequence[str]) -> bool:
-    """Ids are copied into the next command, so they stay in one piece where the other columns still have some room."""
-    ids = [name for name in columns if name.endswith(_ID)]
-    needed = sum(max(len(_shown(record[name])) for record in records) + 3 for name in ids)
-    return needed + _LEAST_COLUMN * (len(columns) - len(ids)) <= out().width
+def _in_one_piece(records: Sequence[Row], columns: Sequence[str]) -> set[str]:
+    """Ids are copied into the next command and states looked for: they are not wrapped where the rest has some room."""
+    whole = {name for name in columns if name.endswith(_WHOLE)}
+    needed = sum(max(len(_shown(record[name])) for record in records) + 3 for name in whole)
+    return whole if needed + _LEAST_COLUMN * (len(columns) - len(whole)) <= out().width else set()
 
 
 def _record_table(record: Row) -> None:

@@ -33,6 +33,8 @@ _ATTEMPTS = (
     *("queued_at", "started_at", "ended_at", "id"),
 )
 _EVENTS = ("at", "from_state", "to_state", "reason", "actor", "cause", "attempt_id")
+# What a table has no room for.
+_DETAILS = frozenset({"peak_rss_bytes", "queued_at", "id", "attempt_id"})
 
 
 @app.command("list")
@@ -79,7 +81,7 @@ def attempts(
     with transaction() as tx:
         ti = tasks.get(tx, dag_id, find_run(tx, dag_id, run_id).run_id, task_id, map_index)
         rows = [asdict(attempt) for attempt in store_attempts.list_for_ti(tx, ti.id)]
-    show_list(rows, output, columns=_ATTEMPTS, empty="It has not started yet.")
+    show_list(rows, output, columns=_for(output, _ATTEMPTS), empty="It has not started yet.")
 
 
 @app.command()
@@ -93,7 +95,7 @@ def events(
     with transaction() as tx:
         ti = tasks.get(tx, dag_id, find_run(tx, dag_id, run_id).run_id, task_id, map_index)
         rows = [asdict(event) for event in store_events.list_for_ti(tx, ti.id)]
-    show_list(rows, output, columns=_EVENTS, empty="Nothing has happened to it yet.")
+    show_list(rows, output, columns=_for(output, _EVENTS), empty="Nothing has happened to it yet.")
 
 
 @app.command(epilog="Example: dflow tasks logs tz_report latest aggregate --follow")
@@ -121,3 +123,7 @@ def logs(
             printer.follow(try_number)
         else:
             printer.print_try(try_number)
+
+
+def _for(output: Output, columns: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in columns if output is not Output.TABLE or name not in _DETAILS)

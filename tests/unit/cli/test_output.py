@@ -40,7 +40,7 @@ def test_plain_is_one_line_a_row(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_table_off_a_terminal_is_neither_cut_nor_coloured(capsys: pytest.CaptureFixture[str]) -> None:
-    show_list([{**row, "cause": None} for row in ROWS], Output.TABLE, columns=COLUMNS)
+    show_list([{**row, "cause": "none"} for row in ROWS], Output.TABLE, columns=COLUMNS)
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert "long" * 60 in out
@@ -63,6 +63,16 @@ def test_ids_stay_in_one_piece_while_there_is_room_and_nothing_is_lost_when_ther
     assert all(cell_len(line) <= width for line in shown.splitlines())
     assert shown.count("word") == 20
     assert {piece for piece in ("manual", ".25", "00:00") if piece in "".join(shown.split())}
+
+
+def test_a_table_leaves_out_columns_with_nothing_in_them_and_other_forms_do_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [{"task_id": "a", "map_index": None, "count": 0, "cause": ""}]
+    show_list(rows, Output.TABLE, columns=tuple(rows[0]))
+    assert capsys.readouterr().out.splitlines()[0].split() == ["task", "id", "count", "cause"]
+    show_list(rows, Output.PLAIN, columns=tuple(rows[0]))
+    assert capsys.readouterr().out.splitlines()[0].split("\t") == list(rows[0])
 
 
 def test_nothing_to_list_is_told_beside_the_result(capsys: pytest.CaptureFixture[str]) -> None:
