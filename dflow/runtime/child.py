@@ -34,10 +34,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 from dflow.core.errors import AgentStartError, DagImportError, DflowError
+from dflow.core.interrupts import forget, interrupt
 from dflow.core.retry import after_user_failure
 from dflow.core.states import Reason, TaskState
 from dflow.runtime.client import AgentClient, exit_agent_gone
-from dflow.runtime.interrupts import forget, interrupt
 from dflow.runtime.loader import LoadedFile, load_dags
 from dflow.runtime.logs import LogCapture
 from dflow.runtime.protocol import ATTEMPT_VARIABLE, SOCKET_VARIABLE, Outcome, Work

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 from dflow.core.errors import AgentRequestError, StaleAttemptError
-from dflow.runtime.interrupts import shielded
+from dflow.core.interrupts import shielded
 from dflow.runtime.protocol import LogLine, Outcome, Work, encode_frame, read_frame, work_from_json
 
 AGENT_GONE_EXIT_CODE: Final = 76  # EX_PROTOCOL: a task process that lost its agent

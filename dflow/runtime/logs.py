@@ -26,8 +26,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, NoReturn, TextIO
 
+from dflow.core.interrupts import shielded
 from dflow.runtime.client import RawLine
-from dflow.runtime.interrupts import shielded
 
 MAX_LINE_BYTES: Final = 16 * 1024
 CHUNK_BYTES: Final = 64 * 1024

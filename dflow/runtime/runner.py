@@ -26,11 +26,11 @@ from dflow.authoring.refusal import did_you_mean, is_user_file
 from dflow.authoring.resolvable import find_xcom_args
 from dflow.authoring.xcom_arg import RETURN_KEY
 from dflow.core.errors import DflowError
+from dflow.core.interrupts import interrupt
 from dflow.core.retry import after_user_failure
 from dflow.core.states import Reason, TaskState
 from dflow.runtime import templates
 from dflow.runtime.context import build_context, resolve_params
-from dflow.runtime.interrupts import interrupt
 from dflow.runtime.protocol import Outcome
 from dflow.runtime.task_instance import TaskInstance
 

@@ -19,6 +19,7 @@ from dflow.authoring.exceptions import AirflowException, AirflowSkipException
 from dflow.authoring.operator import BaseOperator
 from dflow.authoring.refusal import refusal
 from dflow.authoring.resolvable import Resolvable
+from dflow.core.interrupts import shielded
 
 if TYPE_CHECKING:
     from dflow.authoring.context import Context
@@ -96,24 +97,27 @@ class BashOperator(BaseOperator):
 
     def _run(self, arguments: list[str], folder: str, environment: dict[str, str]) -> str:
         self.log.info("Running %s", " ".join(arguments) if len(arguments) < 3 else f"bash -c {arguments[2]!r}")
-        self._process = process = subprocess.Popen(
-            arguments,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            cwd=folder,
-            env=environment,
-            start_new_session=True,
-        )
+        process: subprocess.Popen[bytes] | None = None
         try:
+            with shielded():  # interrupted in between, the process would run and nobody would know it
+                self._process = process = subprocess.Popen(
+                    arguments,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    cwd=folder,
+                    env=environment,
+                    start_new_session=True,
+                )
             assert process.stdout is not None
             last_line = self._log_lines(process.stdout)
             code = process.wait()
         except BaseException:  # a timeout or cancellation is raised right here; the group must not outlive it
-            end_group(process, self.kill_grace_seconds)
+            if process is not None:
+                end_group(process, self.kill_grace_seconds)
             raise
         finally:
-            if process.stdout is not None:
+            if process is not None and process.stdout is not None:
                 process.stdout.close()
             self._process = None
         self._judge(code)

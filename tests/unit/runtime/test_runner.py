@@ -28,8 +28,8 @@ from dflow import (
     get_current_context,
     task,
 )
+from dflow.core.interrupts import interrupt
 from dflow.core.states import Reason
-from dflow.runtime.interrupts import interrupt
 from dflow.runtime.protocol import Outcome
 from dflow.runtime.runner import TaskCancelled
 from tests.unit.runtime.support_attempts import WHEN, Client, attempt

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dflow.core.interrupts import forget, interrupt, shielded
 from dflow.runtime.child import is_nudge
-from dflow.runtime.interrupts import forget, interrupt, shielded
 from dflow.runtime.lease import Lease, Watchdog, boot_seconds
 from dflow.runtime.processes import ChildProcess, OomCounter
 from tests.support import eventually
