@@ -272,9 +272,11 @@ class AgentProcess:
 
     def _close_in_fork(self) -> None:
         """A forked task process must not hold the connection open after its parent's death."""
-        for fd in (self._control.detach(), self._wake_reader, self._wake_writer):
+        descriptors = (self._control.detach(), self._wake_reader, self._wake_writer)
+        self._wake_reader = self._wake_writer = -1  # this runs again when the child forks: the numbers are others' then
+        for descriptor in descriptors:
             try:
-                os.close(fd)
+                os.close(descriptor)
             except OSError:
                 pass
 

@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from dflow.core.errors import StoreUnavailableError
 from dflow.core.states import Reason, TaskState
@@ -29,6 +29,8 @@ from dflow.store.workers import RunningAttempt
 
 log = logging.getLogger(__name__)
 
+_BATCH_BYTES: Final = 16 * 1024 * 1024
+_BATCH_REQUESTS: Final = 1000
 _ATTEMPT_OPS = frozenset({"finish", "log", "xcom_push", "xcom_pull", "task_states"})
 _UNANSWERED = frozenset({"finish", "log", "started"})
 
@@ -137,10 +139,22 @@ class Desk:
     # The transaction
 
     def commit(self, identity: Identity) -> None:
-        """Do everything that is pending. Raises StoreUnavailableError when the database is away; all is kept then."""
-        requests, self.pending = self.pending, []
-        if not requests:
-            return
+        """Do what is pending, within reason. Raises StoreUnavailableError when the database is away; all is kept then."""
+        if requests := self._next_batch():
+            self._commit(identity, requests)
+
+    def _next_batch(self) -> list[Request]:
+        """Take what may go together from the front: after an outage more may wait than a statement should carry."""
+        size = 0
+        for count, request in enumerate(self.pending, start=1):
+            size += request.size
+            if size > _BATCH_BYTES or count == _BATCH_REQUESTS:
+                batch, self.pending = self.pending[:count], self.pending[count:]
+                return batch
+        batch, self.pending = self.pending, []
+        return batch
+
+    def _commit(self, identity: Identity, requests: list[Request]) -> None:
         try:
             answers = self._try(identity, requests)
         except StoreUnavailableError:
