@@ -80,8 +80,15 @@ class Standalone:
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `dflow ARGUMENTS` as another terminal would: it knows nothing but the home."""
+        return self._call("dflow", *arguments)
+
+    def celery(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run `celery -A worker ARGUMENTS` likewise."""
+        return self._call("celery", "-A", "worker", *arguments)
+
+    def _call(self, *command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "dflow", *arguments],
+            [sys.executable, "-m", *command],
             env={**os.environ, "DFLOW_HOME": str(self.home)},
             stdin=subprocess.DEVNULL,
             capture_output=True,

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
+import re
 import signal
 import socket
+import urllib.error
+import urllib.request
 
 import psutil
 import pytest
@@ -119,3 +124,40 @@ def test_a_terminal_that_is_closed_stops_everything_in_good_order(standalone):
     assert all_gone(before.values())
     assert not (standalone.home / "run" / record.RECORD_NAME).exists()
     assert "database system is shut down" in (standalone.home / "logs" / "postgres.log").read_text()
+
+
+def test_flower_asks_for_the_login_of_the_home_and_knows_the_first_tasks_by_name(standalone):
+    standalone.start()
+    login_file = standalone.home / "flower-auth"
+    assert login_file.stat().st_mode & 0o777 == 0o600
+    login = login_file.read_text().strip()
+    assert str(login_file) in standalone.output()
+    assert login.split(":")[1] not in standalone.output() + (standalone.home / "run" / record.RECORD_NAME).read_text()
+    address = re.search(r"Flower +(http://\S+)", standalone.output())[1]
+
+    eventually(lambda: b": true" in fetch(f"{address}api/workers?status=1", login)[1], 60)
+    assert fetch(f"{address}api/tasks", "dflow:wrong")[0] == fetch(address, None)[0] == 401
+    triggered = standalone.command("dags", "trigger", "example_hello", "--wait", "--timeout", "60")
+    assert triggered.returncode == 0, triggered
+
+    def names():
+        return {one["name"] for one in json.loads(fetch(f"{address}api/tasks", login)[1]).values()}
+
+    eventually(lambda: names() == {"example_hello.name", "example_hello.greet"}, 30)
+    inspected = standalone.celery("inspect", "active", "--timeout", "10")
+    assert inspected.returncode == 0, inspected
+    assert "1 node online" in inspected.stdout
+
+
+def fetch(url, login):
+    request = urllib.request.Request(url)
+    if login is not None:
+        request.add_header("Authorization", "Basic " + base64.b64encode(login.encode()).decode())
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read()
+    except OSError:
+        return 0, b""
