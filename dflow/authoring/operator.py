@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from dflow.authoring.task_group import TaskGroup
     from dflow.authoring.xcom_arg import XComArg
 
-_RENAMED: Final = {
+RENAMED: Final = {
     "task_concurrency": "Airflow renamed it to max_active_tis_per_dag",
     "provide_context": "the context is always provided; leave it out",
     "sla": "SLAs were removed in Airflow 3; leave it out",
@@ -114,7 +114,7 @@ def _with_default_args(init: Callable[..., None]) -> Callable[..., None]:
                 kwargs[name] = self._inherited[name]
                 self._taken_defaults.add(name)
         if not takes_any and (unknown := [name for name in kwargs if name not in names]):
-            raise unknown_arguments(type(self).__name__, unknown, names, _RENAMED)
+            raise unknown_arguments(type(self).__name__, unknown, names, RENAMED)
         if missing := [name for name in required if name not in kwargs and name not in names[: len(args)]]:
             raise refusal(
                 f"{type(self).__name__} {kwargs.get('task_id', '')!r} needs the argument "
@@ -216,7 +216,7 @@ class BaseOperator(Node, metaclass=OperatorMeta):
     ) -> None:
         kind = type(self).__name__
         if unknown:
-            raise unknown_arguments(f"{kind} {task_id!r}", unknown, argument_names(type(self)), _RENAMED)
+            raise unknown_arguments(f"{kind} {task_id!r}", unknown, argument_names(type(self)), RENAMED)
         given = locals()
         for name, feature in _REFUSED.items():
             if given[name]:

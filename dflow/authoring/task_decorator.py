@@ -9,16 +9,16 @@ import functools
 import inspect
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Final, get_origin
 
 from dflow.authoring import blocks
 from dflow.authoring.callables import check_call, check_defaults
 from dflow.authoring.exceptions import AirflowException
-from dflow.authoring.operator import BaseOperator
+from dflow.authoring.operator import RENAMED, BaseOperator, argument_names
 from dflow.authoring.operators.bash import BashOperator
 from dflow.authoring.operators.python import PythonOperator
-from dflow.authoring.refusal import not_supported, refusal
+from dflow.authoring.refusal import not_supported, refusal, unknown_arguments
 from dflow.authoring.setup_teardown import make_teardown
 from dflow.authoring.xcom_arg import XComArg
 
@@ -164,6 +164,7 @@ class TaskFunction:
 
     def override(self, **kwargs: Any) -> TaskFunction:
         """Return the same function with other arguments for the operator: ``f.override(retries=3)(x)``."""
+        _check_arguments("override()", self.operator_class, kwargs)
         other = TaskFunction(self.function, self.operator_class, {**self.kwargs, **kwargs})
         other._marks = dict(self._marks)
         return other
@@ -218,9 +219,22 @@ def _decorate(function: Callable[..., Any] | None, operator_class: type[PythonOp
     for name in ("python_callable", "op_args", "op_kwargs"):
         if name in kwargs:
             raise refusal(f"@task takes no argument {name!r}: call the decorated function with the arguments")
+    _check_arguments("@task", operator_class, kwargs)
     if function is not None:
         return TaskFunction(function, operator_class, kwargs)
     return functools.partial(TaskFunction, operator_class=operator_class, kwargs=kwargs)
+
+
+def _check_arguments(owner: str, operator_class: type[PythonOperator], kwargs: Mapping[str, Any]) -> None:
+    """Refuse what the operator would refuse later, where it stands: the task is made in another line."""
+    known = _argument_names(operator_class)
+    if unknown := [name for name in kwargs if name not in known]:
+        raise unknown_arguments(owner, unknown, known, RENAMED)
+
+
+@functools.cache
+def _argument_names(operator_class: type[PythonOperator]) -> Collection[str]:
+    return argument_names(operator_class)
 
 
 task = TaskDecorators()

@@ -119,6 +119,21 @@ MISTAKES = [
         with DAG("d"): a, b, c = (EmptyOperator(task_id=i) for i in "abc")
         chain([a], [b, c])  # here
         """, "they have 1 and 2 items"),
+    ("unknown decorator argument", """
+        with DAG("d"):
+            @task(retriez=2)  # here
+            def g(): pass
+            g()
+        """, '@task takes no argument \'retriez\', did you mean "retries"?'),
+    ("unknown argument of override", """
+        @task
+        def g(): pass
+        h = g.override(taskid="h")  # here
+        with DAG("d"): h()
+        """, 'override() takes no argument \'taskid\', did you mean "task_id"?'),
+    ("old decorator argument", """
+        task(f, provide_context=True)  # here
+        """, "the context is always provided"),
     ("task argument missing", """
         @task
         def g(x, y): pass
