@@ -139,7 +139,7 @@ class Desk:
     # The transaction
 
     def commit(self, identity: Identity) -> None:
-        """Do what is pending, within reason. Raises StoreUnavailableError when the database is away; all is kept then."""
+        """Do what is pending, within reason. Raises StoreUnavailableError when the database is away, keeping it all."""
         if requests := self._next_batch():
             self._commit(identity, requests)
 
