@@ -171,7 +171,7 @@ if pid == 0:
 os.waitpid(pid, 0)
 tell([one[3] for one in sent + capture.end()])
 """)
-    assert told == ["WARNING f: from the fork"]
+    assert "WARNING f: from the fork" in told  # Python 3.12 and newer also warn of the fork itself
 
 
 def test_the_end_of_the_agent_ends_the_process() -> None:
