@@ -92,11 +92,12 @@ class Wards:
 
     def kill(self, live: Live, kind: EndKind) -> None:
         """Kill the process and what it started. What was said first about why stays, unless it is no longer ours."""
+        # Also of one that is dead already: a worker's children die with it, and may be seen to before it is.
+        live.kind = kind if kind is EndKind.NOT_OURS else live.kind or kind
+        live.kill_at = None
         if live.is_killed:
             return
         live.is_killed = True
-        live.kind = kind if kind is EndKind.NOT_OURS else live.kind or kind
-        live.kill_at = None
         live.process.kill_tree(_mark(live))
 
     def kill_all(self, kind: EndKind) -> None:

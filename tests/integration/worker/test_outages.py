@@ -143,12 +143,12 @@ def test_health_connections_and_celerys_own_commands(rig: WorkerRig) -> None:
     assert rig.rows(query)[0][0] <= 3
     eventually(lambda: _get(f"{row.health_url}/readyz")[0] == 200, 20)
     assert _get(f"{row.health_url}/healthz")[1]["running"] == 3
-    active = rig.celery("inspect", "active", "--json", "--timeout", "10")
+    active = rig.celery("inspect", "active", "--json", "--timeout", "10", "-d", row.name)
     (tasks,) = json.loads(active.stdout).values()
     assert {(task["name"], task["id"]) for task in tasks} == {
         (f"d.t[{nudge.map_index}]", nudge.attempt_id) for nudge in nudges
     }
-    assert rig.celery("control", "pool_grow", "2", "--timeout", "10").returncode == 0
+    assert rig.celery("control", "--timeout", "10", "-d", row.name, "pool_grow", "2").returncode == 0
     eventually(lambda: rig.rows("SELECT concurrency FROM worker")[0][0] == 34, 15)
     rig.celery("control", "shutdown")
     rig.wait_exit(rig.workers[0], 30)

@@ -277,7 +277,8 @@ def test_a_killed_parent_hands_its_attempts_back_at_once(rig: WorkerRig) -> None
     worker.wait(10)
     for nudge in nudges:
         row = rig.wait(nudge, "up_for_retry", deadline_seconds=10)
-        assert (row.reason, row.user_failures, row.infra_failures) == ("worker_lost", 0, 1)
+        facts = (row.reason, row.user_failures, row.infra_failures)
+        assert facts == ("worker_lost", 0, 1), f"{row.cause}\n{rig.log()}"
     eventually(lambda: not marked_processes(rig.token), 10)
     (row,) = rig.rows("SELECT state, cause FROM worker")
     assert tuple(row) == ("gone", "the worker's process died")
