@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from dflow.embedded import PostgresServer, RedisServer, locations
-from dflow.embedded.process import ProcessIdentity, end, spawn
+from dflow.embedded.process import ProcessIdentity, await_gone, end, spawn
 from dflow.settings import Settings
 from dflow.standalone import log_files
 
 _FIRST_PAUSE_SECONDS: Final = 1.0
 _LONGEST_PAUSE_SECONDS: Final = 30.0
+_LAST_WORD_SECONDS: Final = 3.0  # an agent whose worker died ends the task processes and hands their attempts back
 _SETTLED_SECONDS: Final = 60.0
 _RECOVERED_SECONDS: Final = 3.0
 
@@ -82,13 +83,15 @@ class Program:
             self._process.terminate()
 
     def stop(self, *, grace_seconds: float) -> None:
-        """Stop it; after the grace kill it and what it has started."""
+        """Stop it; after the grace kill it, and what it has started once that had a moment to hand its work back."""
         identity = self.identity
         if identity is not None:
             family = identity.descendants()
             end(identity, (signal.SIGTERM, grace_seconds), (signal.SIGKILL, 5.0))
+            deadline = time.monotonic() + _LAST_WORD_SECONDS
             for member in family:
-                end(member, (signal.SIGKILL, 5.0))
+                if not await_gone(member, max(0.0, deadline - time.monotonic())):
+                    end(member, (signal.SIGKILL, 5.0))
         if self._process is not None:
             self._process.wait(timeout=10)
 

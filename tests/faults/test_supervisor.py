@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 from sqlalchemy import text
@@ -52,3 +53,38 @@ def test_kill_9_of_the_supervisor_in_the_middle_of_a_run(executor):
         with Store(urls(standalone.home)[0]) as store, store.begin() as tx:
             assert tx.execute(text("SELECT count(*) FROM unaccounted")).scalar_one() == 0
             check_invariants(tx)
+
+
+LONG = """
+import time
+from dflow import DAG, task
+
+@task
+def work() -> None:
+    time.sleep(900)
+
+with DAG("long", is_paused_upon_creation=False):
+    work()
+"""
+
+
+@pytest.mark.parametrize("executor", ["CeleryExecutor", "LocalExecutor"])
+def test_a_second_ctrl_c_does_not_wait_for_running_tasks_and_they_run_again(executor):
+    with homes() as make:
+        standalone = make(env={"DFLOW__WORKER__DRAIN_GRACE": "900", "DFLOW__WORKER__KILL_GRACE": "1"})
+        (standalone.home / "dags").mkdir(parents=True)
+        (standalone.home / "dags" / "long.py").write_text(LONG)
+        options = ("--no-flower", "--executor", executor)
+        standalone.start(*options)
+        eventually(lambda: standalone.command("dags", "trigger", "long", "--run-id", "r").returncode == 0, 60)
+        running = "SELECT count(*) FROM task_instance WHERE state = 'running'"
+        eventually(lambda: standalone.execute(running) == 1, 60)
+        standalone.process.send_signal(signal.SIGINT)
+        eventually(lambda: "Stopping" in standalone.output(), 30)
+        assert standalone.interrupt() == 0
+
+        standalone.start(*options)
+        eventually(lambda: standalone.execute("SELECT count(*) FROM ti_event WHERE to_state = 'running'") == 2, 120)
+        assert standalone.execute("SELECT sum(user_failures) FROM task_instance") == 0
+        assert standalone.command("runs", "cancel", "long", "r").returncode == 0
+        eventually(lambda: standalone.execute("SELECT count(*) FROM dag_run WHERE state = 'failed'") == 1, 60)
