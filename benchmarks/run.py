@@ -1,6 +1,6 @@
 """Measure dflow against raw Celery, in the same run, on the same machine, with the same Redis.
 
-    python -m benchmarks.run [--workers 2] [--concurrency 4] [--rounds 5] [--json FILE]
+    python -m benchmarks.run [--workers 1] [--concurrency 4] [--rounds 5] [--json FILE]
 
 Starts `dflow standalone` in an empty home, and beside it as many raw Celery workers with the same concurrency. Rounds
 of raw and dflow alternate, so that both see the same machine; the other side idles meanwhile. Reported:
@@ -76,7 +76,7 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=2, help="worker machines (Celery parents) on each side")
+    parser.add_argument("--workers", type=int, default=1, help="worker machines (Celery parents) on each side")
     parser.add_argument("--concurrency", type=int, default=4, help="processes of each worker")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of raw and dflow, alternating")
     parser.add_argument("--json", help="also write the result to this file")
