@@ -21,8 +21,8 @@ def busy(cluster: Cluster):
     return make_busy(cluster)
 
 
-def make_busy(cluster: Cluster):
-    env = ledger.install(cluster, seconds=0.05)
+def make_busy(cluster: Cluster, count: int = RUNS, seconds: float = 0.05):
+    env = ledger.install(cluster, seconds=seconds)
     cluster.dag_processor()
     schedulers = [cluster.scheduler() for _ in range(2)]
 
@@ -33,7 +33,7 @@ def make_busy(cluster: Cluster):
     workers = [worker() for _ in range(2)]
     cluster.wait_dag(ledger.DAG_ID)
     eventually(lambda: cluster.count("SELECT count(*) FROM worker WHERE state = 'live'") == 2, 60)
-    runs = [cluster.trigger(ledger.DAG_ID) for _ in range(RUNS)]
+    runs = [cluster.trigger(ledger.DAG_ID) for _ in range(count)]
     eventually(lambda: ledger.entries(cluster) > 20, 60)
     return schedulers, workers, worker, runs
 
@@ -41,7 +41,7 @@ def make_busy(cluster: Cluster):
 def everything_ends_well(cluster: Cluster, runs: list[int]) -> None:
     for run in runs:
         cluster.wait_run(run, 120, state="success")
-    ledger.never_beside_itself(cluster, RUNS)
+    ledger.never_beside_itself(cluster, len(runs))
     ledger.no_user_retry_spent(cluster)
     cluster.invariants()
 
@@ -111,3 +111,26 @@ def test_flushall_of_redis(make_cluster, make_settings, own_redis_server):
     client.flushall()
     client.close()
     everything_ends_well(cluster, runs)
+
+
+def test_each_fault_once_during_a_thousand_task_instances(make_cluster, make_settings, own_redis_server):
+    cluster = make_cluster(settings=make_settings(broker_url=own_redis_server.url))
+    schedulers, workers, start_worker, runs = make_busy(cluster, count=20, seconds=0.02)
+    ended = "SELECT count(*) FROM attempt WHERE state = 'success'"
+
+    def reached(count: int) -> None:
+        eventually(lambda: cluster.count(ended) >= count, 120, message=f"{count} attempts have succeeded")
+
+    reached(150)
+    cluster.kill(schedulers[0])
+    reached(300)
+    running_child(cluster, workers[0]).send_signal(signal.SIGKILL)
+    reached(450)
+    cluster.kill(workers[1])
+    start_worker()
+    reached(600)
+    client = redis.Redis(unix_socket_path=own_redis_server.url.removeprefix("redis+socket://").split("?")[0])
+    client.flushall()
+    client.close()
+    everything_ends_well(cluster, runs)
+    assert cluster.count("SELECT count(*) FROM task_instance WHERE state = 'success'") == 1000
