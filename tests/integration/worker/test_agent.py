@@ -188,7 +188,7 @@ def test_draining_refuses_claims_and_gives_queued_attempts_back_at_once(
     row = rig.wait(running, "up_for_retry")
     assert (row.reason, row.infra_failures) == ("worker_drained", 0)
     agent.stop()
-    (end,) = ends
+    (end,) = eventually(lambda: ends, 10, message="the end of the agent is reported")
     assert (end.exit_code, end.is_expected) == (0, True)
     assert rig.rows("SELECT state FROM worker")[0][0] == "gone"
 
