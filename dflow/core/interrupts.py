@@ -10,11 +10,12 @@ So handlers call `interrupt(error)`, which raises at once, or, inside `shielded(
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _depth = 0
 _pending: BaseException | None = None
+_taker: Callable[[BaseException], None] | None = None
 
 
 def interrupt(error: BaseException) -> None:
@@ -23,7 +24,27 @@ def interrupt(error: BaseException) -> None:
     if _depth:
         _pending = _pending or error
         return
+    if _taker is not None:
+        _taker(error)
+        return
     raise error
+
+
+@contextmanager
+def taken_by(taker: Callable[[BaseException], None]) -> Iterator[None]:
+    """Give interrupts to a function, in the signal handler, while the block runs: for code that swallows them.
+
+    The function may raise the error. Nothing changes outside of the main thread.
+    """
+    global _taker
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before, _taker = _taker, taker
+    try:
+        yield
+    finally:
+        _taker = before
 
 
 @contextmanager

@@ -7,7 +7,6 @@ file is never changed; the attempt works on a copy. An empty Python task costs w
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import copy
 import inspect
@@ -21,6 +20,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
 from dflow.authoring import context as current_context
+from dflow.authoring.coroutines import run_to_end
 from dflow.authoring.exceptions import AirflowException, AirflowFailException, AirflowSkipException, AirflowTaskTimeout
 from dflow.authoring.refusal import did_you_mean, is_user_file
 from dflow.authoring.resolvable import find_xcom_args
@@ -143,7 +143,7 @@ class _Attempt:
         task.pre_execute(context)
         result = task.execute(context)
         if inspect.iscoroutine(result):
-            result = asyncio.run(result)
+            result = run_to_end(result)
         task.post_execute(context, result)
         return result
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from dflow.authoring.callables import keyword_arguments
+from dflow.authoring.coroutines import run_to_end
 from dflow.authoring.operator import BaseOperator
 from dflow.authoring.refusal import refusal
 
@@ -77,11 +77,7 @@ class PythonOperator(BaseOperator):
                 "%s() does not take %s of op_kwargs; ignored, as in Airflow", self._function_name(), ignored
             )
         result = self.python_callable(*self.op_args, **kwargs)
-        return asyncio.run(_finish(result)) if inspect.isawaitable(result) else result
+        return run_to_end(result) if inspect.isawaitable(result) else result
 
     def _function_name(self) -> str:
         return getattr(self.python_callable, "__name__", repr(self.python_callable))
-
-
-async def _finish(awaitable: Any) -> Any:
-    return await awaitable

@@ -168,9 +168,22 @@ def test_execution_timeout_of_coroutines() -> None:
         while True:
             await asyncio.sleep(0)
 
-    for function in (waits, works):
+    async def waits_for_another() -> None:
+        await asyncio.gather(waits(), works())
+
+    for function in (waits, works, waits_for_another):
         outcome = run(function, operator={"execution_timeout": timedelta(milliseconds=50)})
         assert outcome.reason is Reason.TIMEOUT
+
+
+def test_a_timeout_between_the_callbacks_of_an_event_loop_is_not_lost() -> None:
+    async def waits() -> None:
+        # The loop catches what is raised in a callback and would go on waiting.
+        asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.SIGALRM)
+        await asyncio.sleep(60)
+
+    outcome = run(waits, operator={"execution_timeout": timedelta(seconds=50)})
+    assert outcome.reason is Reason.TIMEOUT
 
 
 def test_time_limit_is_lifted_afterwards() -> None:
